@@ -1,0 +1,59 @@
+"""The two kinds of failure a user meets, and how an entry script turns them into an exit status.
+
+Must not know anything of data, models or settings.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER_MISTAKE = 2
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: a bad flag, key, value, file or record. Exit status 2.
+
+    The message says what was found, where (file, line or row, key), what was expected and what to do,
+    in at most three lines. Several mistakes at once are given as one line each.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: a loss that is not finite, a full disk. Exit status 1."""
+
+
+def disk_full(error: OSError, path: object, bytes_needed: int | None = None) -> RunError | None:
+    """The RunError for a full disk (or quota, or file size limit); None when `error` is something else."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    needed = "" if bytes_needed is None else f" ({bytes_needed:,} bytes needed)"
+    return RunError(f"{path}: no space left to write{needed}: {error.strerror}.\nFree some space, or point the path elsewhere.")
+
+
+def run_cli(main: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run an entry script's `main`; print a user's mistake without traceback; return the exit status.
+
+    `debug` prints the traceback of every failure. KeyboardInterrupt is 130, as a shell expects.
+    """
+    try:
+        return main() or EXIT_DONE
+    except UserError as error:
+        status, message = EXIT_USER_MISTAKE, str(error)
+    except (RunError, MemoryError) as error:
+        status, message = EXIT_FAILED, str(error) or type(error).__name__
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except OSError as error:
+        known = disk_full(error, error.filename or "the disk")
+        if known is None and not debug:
+            traceback.print_exc()
+        status, message = EXIT_FAILED, str(known or error)
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return status
