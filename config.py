@@ -1,0 +1,526 @@
+"""The settings: one tree of frozen dataclasses; each key with its default, unit, limits and documentation.
+
+Defaults live here and nowhere else. Must not import torch, open a file, read the environment (settings.py does), or act on a setting.
+
+To add a key: one `setting(...)` line in its group. Flag, YAML key, help, checks and config.yaml's comment follow from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from errors import UserError
+
+DEFAULT = "default"
+
+
+def setting(default: object, doc: str, **rule: object) -> Any:
+    """A dataclass field of the tree; `rule` holds optional fields of Key: unit, choices, minimum, above, env, aliases ..."""
+    return field(default=default, metadata={"doc": doc} | rule)
+
+
+class SettingError(UserError):
+    """Values that do not fit; `problems` lists (names of the keys concerned, message)."""
+
+    def __init__(self, problems: list[tuple[tuple[str, ...], str]]) -> None:
+        super().__init__("\n".join(text for _, text in problems))
+        self.problems = problems
+
+
+class _Group:
+    """What every sub-tree shares: each value checked against its key, then the group's conflicts, all reported at once."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in (f.name for f in fields(self)):  # type: ignore[arg-type]
+            try:
+                object.__setattr__(self, name, KEYS[name].read(getattr(self, name)))
+            except Unfit as unfit:
+                problems.append(((name,), f"{KEYS[name].path} {unfit}"))
+        problems = problems or [(names, f"{self._found(names)}; {expected}") for names, expected in self._conflicts()]
+        if problems:
+            raise SettingError(problems)
+
+    def _found(self, names: tuple[str, ...]) -> str:
+        return " and ".join(f"{KEYS[name].path} is {show(getattr(self, name))}" for name in names)
+
+    def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Pairs of (keys that do not go together, what is expected)."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Group):
+    """The sequence model and its item tower."""
+
+    backbone: str = setting("transformer", "Sequence encoder.", choices=("transformer",))
+    hidden_units: int = setting(64, "Width of the model; a multiple of num_heads.", minimum=1, env="HIDDEN_UNITS")
+    num_blocks: int = setting(2, "Blocks of attention and feed-forward.", minimum=1, env="NUM_BLOCKS")
+    num_heads: int = setting(2, "Attention heads of a block.", minimum=1, env="NUM_HEADS")
+    max_seq_length: int = setting(100, "Newest events of a user that are read; the user token is extra.", unit="events", minimum=1,
+                                  aliases=("maxlen",))  # fmt: skip
+    embedding_dim: int = setting(0, "Width of the joint table of ids and features; 0 = hidden_units.", minimum=0)
+    dropout_rate: float = setting(0.2, "Dropout on embeddings, residual branches and feed-forward.", unit="probability", minimum=0, below=1)
+    attention_dropout: float = setting(0.0, "Dropout on attention weights; above 0 it leaves the fast flash kernel on CPU.",
+                                       unit="probability", minimum=0, below=1)  # fmt: skip
+    norm_first: bool = setting(True, "LayerNorm before each branch (pre-norm); false = after it (post-norm).")
+    activation: str = setting("gelu", "Activation of the feed-forward layers.", choices=("gelu", "relu", "swiglu"))
+    ffn_multiplier: float = setting(4.0, "Inner width of the feed-forward layers.", unit="times hidden_units", above=0)
+    position: str = setting("rope", "Positions: rotary, learned vectors, or none.", choices=("rope", "learned", "none"))
+    embedding_norm: bool = setting(True, "LayerNorm on the token embeddings before the first block.")
+    item_tower: str = setting("linear", "How an item's vectors become one: one linear layer on their concatenation, or their plain sum.",
+                              choices=("linear", "sum"))  # fmt: skip
+    item_activation: str = setting("none", "Activation of the item tower's output in the sequence.", choices=("none", "relu", "gelu"))
+    candidate_activation: bool = setting(False, "item_activation on candidates too.")
+    user_id: bool = setting(False, "A vector of its own for each user, in the user token.")
+    action_embedding: bool = setting(True, "A vector for each event's action type.")
+    time_features: bool = setting(True, "Vectors for gap, hour and weekday of each event; off by itself where the data has no times.")
+    similarity: str = setting("cosine", "Score of an item for a user.", choices=("cosine", "dot"))
+    init_std: float = setting(0.02, "Standard deviation of the initial embeddings.", above=0)
+
+    def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.hidden_units % self.num_heads:
+            yield ("hidden_units", "num_heads"), "expected hidden_units to be a multiple of num_heads."
+        elif self.position == "rope" and self.hidden_units // self.num_heads % 2:
+            yield ("position", "hidden_units", "num_heads"), "expected an even hidden_units / num_heads, or another position than rope."
+        if self.item_tower == "sum" and self.embedding_dim not in (0, self.hidden_units):
+            yield ("item_tower", "embedding_dim", "hidden_units"), "expected embedding_dim 0 or hidden_units where vectors are summed."
+
+
+@dataclass(frozen=True)
+class TrainingConfig(_Group):
+    """Optimiser, schedule, precision, and what is kept."""
+
+    batch_size: int = setting(128, "Users in a training batch.", unit="users", minimum=1, env="BATCH_SIZE")
+    num_epochs: int = setting(3, "Passes over the training users.", unit="epochs", minimum=1, env="NUM_EPOCHS")
+    learning_rate: float = setting(1e-3, "Highest learning rate.", above=0, env="LEARNING_RATE", aliases=("lr",))
+    optimizer: str = setting("adamw", "Optimiser of all weights but the joint table.", choices=("adam", "adamw"))
+    weight_decay: float = setting(1e-5, "Weight decay of adamw; in the joint table it acts on the rows touched by a step only.", minimum=0)
+    l2_emb: float = setting(0.0, "L2 penalty of the joint table; it acts on the rows touched by a step only.", minimum=0)
+    adam_beta1: float = setting(0.9, "Adam's decay of the first moment.", minimum=0, below=1)
+    adam_beta2: float = setting(0.98, "Adam's decay of the second moment.", minimum=0, below=1)
+    table_optimizer: str = setting("rowwise_adagrad", "Optimiser of the joint table, touched rows only: rowwise_ keeps one state value a"
+                                   " row, adam two for each weight.", choices=("rowwise_adagrad", "rowwise_adam", "adam"))  # fmt: skip
+    table_learning_rate: float = setting(0.0, "Highest learning rate of the joint table; 0 = learning_rate.", minimum=0)
+    lr_scheduler: str = setting("cosine", "Course of the learning rate after the warm-up; none = constant.",
+                                choices=("cosine", "step", "constant"), value_aliases={"none": "constant"})  # fmt: skip
+    warmup_steps: int = setting(0, "Steps over which the learning rate rises at the start.", unit="steps", minimum=0)
+    min_lr_ratio: float = setting(0.1, "Where cosine ends, relative to learning_rate.", minimum=0, maximum=1)
+    lr_step_epochs: int = setting(1, "step: epochs between drops.", unit="epochs", minimum=1)
+    lr_gamma: float = setting(0.5, "step: factor of each drop.", above=0, maximum=1)
+    gradient_clip: float = setting(1.0, "Largest norm of the gradient, all weights and touched rows together; 0 = off.", minimum=0,
+                                   aliases=("grad_clip",))  # fmt: skip
+    precision: str = setting("fp32", "Arithmetic of the forward pass.", choices=("fp32", "bf16", "fp16"))
+    gradient_checkpointing: bool = setting(False, "Compute blocks again in the backward pass: less memory, more time.")
+    patience: int = setting(0, "Stop after so many evaluations without improvement of best_metric; 0 = off.", unit="evaluations", minimum=0)
+    max_steps: int = setting(0, "Exactly so many updates in all, over as many epochs as that takes; num_epochs and patience are then"
+                             " ignored. 0 = off.", unit="steps", minimum=0)  # fmt: skip
+    save_every_steps: int = setting(0, "A checkpoint every so many steps inside an epoch too; 0 = off.", unit="steps", minimum=0)
+    keep_last_k: int = setting(3, "Newest checkpoints kept, besides the best; 0 = all.", unit="checkpoints", minimum=0)
+
+
+@dataclass(frozen=True)
+class LossConfig(_Group):
+    """The training loss and its negatives."""
+
+    name: str = setting("sampled_softmax", "Training loss.", choices=("bce", "sampled_softmax", "full_softmax"), aliases=("loss",))
+    num_negatives: int = setting(1024, "Uniform negatives: shared by the batch (sampled_softmax), or of each position (bce; 1 is usual).",
+                                 unit="items", minimum=0)  # fmt: skip
+    in_batch_negatives: bool = setting(True, "The batch's other targets as negatives too (sampled_softmax).")
+    temperature: float = setting(0.05, "Scores are divided by it before the loss.", above=0)
+    logq: bool = setting(True, "Correct for how often each negative is drawn (sampled_softmax).")
+    chunk_size: int = setting(0, "Positions whose scores are held at once; 0 = automatic.", unit="positions", minimum=0)
+
+    def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.num_negatives == 0 and self.name == "bce":
+            yield ("name", "num_negatives"), "expected at least 1 negative."
+        if self.num_negatives == 0 and self.name == "sampled_softmax" and not self.in_batch_negatives:
+            yield ("num_negatives", "in_batch_negatives"), "expected negatives from one of the two."
+
+
+@dataclass(frozen=True)
+class DataConfig(_Group):
+    """What is read, and the threads that build batches."""
+
+    num_workers: int = setting(1, "Background threads that build batches; 0 = in the training thread.", unit="threads", minimum=0)
+    prefetch_batches: int = setting(4, "Batches built ahead.", unit="batches", minimum=1)
+    multimodal_features: str | tuple[str, ...] = setting("auto", "Embedding features: auto (81 where present), none or a list: [81, 82].",
+                                                         aliases=("mm_emb_id",))  # fmt: skip
+    max_bad_lines: int = setting(0, "Unreadable lines that are tolerated; they are counted and listed in a file.", unit="lines", minimum=0)
+    length_buckets: bool = setting(True, "Users of like length share a batch: less padding.")
+
+
+@dataclass(frozen=True)
+class EvalConfig(_Group):
+    """Splits, candidates and metrics."""
+
+    protocol: str = setting("holdout", "holdout = users never trained on; leave_one_out = last event tests, last but one validates.",
+                            choices=("holdout", "leave_one_out"))  # fmt: skip
+    holdout_fraction: float = setting(0.1, "holdout: share of the users held out, halved into validation and test.", above=0, below=1)
+    target: str = setting("last", "holdout: the event to find.", choices=("last", "last_click"))
+    candidates: str = setting("all", "What is ranked: all items, or a path to predict_set.jsonl, candidate/ or a folder that holds one.",
+                              expects="all or a path", pattern=r"(?s).+")  # fmt: skip
+    top_k: tuple[int, ...] = setting((10,), "Cut-offs of HR and NDCG; 10 is always reported.", unit="items", minimum=1)
+    remove_seen: bool = setting(True, "Leave out what the user has seen already.")
+    max_eval_users: int = setting(0, "Users evaluated of each split; 0 = all.", unit="users", minimum=0)
+    eval_batch_size: int = setting(512, "Users ranked at once.", unit="users", minimum=1)
+    eval_every_epochs: int = setting(1, "Epochs between evaluations.", unit="epochs", minimum=1)
+    baselines: bool = setting(True, "Evaluate popularity, most-recent and item-to-item beside the model.")
+    score_round: int = setting(1, "The competition's round whose weights of actions the score takes.", choices=(1, 2))
+    best_metric: str = setting("ndcg@10", "What chooses the best checkpoint, on validation.", choices=("hr@10", "ndcg@10", "score", "loss"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "top_k", tuple(sorted({*self.top_k, 10})))
+
+
+@dataclass(frozen=True)
+class SystemConfig(_Group):
+    """Device, seed, logs and checkpoints."""
+
+    device: str = setting("auto", "Where to compute; auto = cuda where there is one.", choices=("auto", "cpu", "cuda", "cuda:N"),
+                          pattern=r"auto|cpu|cuda(:[0-9]+)?", env="DEVICE")  # fmt: skip
+    seed: int = setting(42, "Seed of everything random.", minimum=0, maximum=2**63 - 1)
+    num_threads: int = setting(0, "CPU threads of torch; 0 = torch's choice.", unit="threads", minimum=0)
+    save_frequency: int = setting(1, "Epochs between checkpoints.", unit="epochs", minimum=1, aliases=("save_freq",))
+    log_every_steps: int = setting(10, "Steps between log lines.", unit="steps", minimum=1)
+    tensorboard: bool = setting(True, "Write TensorBoard event files.")
+    run_name: str = setting("", "Name of the run, in the name of its folder.", expects="text without '/' that does not begin with '.'",
+                            pattern=r"(?!\.)[^/\\\x00-\x1f]*")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PathsConfig(_Group):
+    """Where data lies and where results go."""
+
+    data_path: str = setting("", "Data folder; empty = the demo data, made on first use.", env="TRAIN_DATA_PATH")
+    log_path: str = setting("", "Run folder; empty = ./logs/<time>-<name>.", env="TRAIN_LOG_PATH")
+    tensorboard_path: str = setting("", "TensorBoard event files; empty = ./tb_logs/<time>-<name>.", env="TRAIN_TF_EVENTS_PATH")
+    checkpoint_path: str = setting("", "Checkpoints; empty = ./checkpoints/<time>-<name>.", env="TRAIN_CKPT_PATH")
+    cache_path: str = setting("./cache", "Writable folder of compiled data, kept between runs.", env="USER_CACHE_PATH", expects="a path",
+                              pattern=r"(?s).+")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+    def get(self, name: str) -> object:
+        """The value of the key `name` (leaf names are unique in the tree)."""
+        return getattr(getattr(self, KEYS[name].group), name)
+
+    def to_dict(self) -> dict[str, dict[str, object]]:
+        """{group: {key: value}} of plain values; tuples as lists. JSON and YAML take it."""
+        tree: dict[str, dict[str, object]] = {group: {} for group in GROUPS}
+        for name, key in KEYS.items():
+            value = self.get(name)
+            tree[key.group][name] = list(value) if isinstance(value, tuple) else value
+        return tree
+
+    @classmethod
+    def from_dict(cls, tree: object, where: str) -> Config:
+        """The settings of `to_dict`'s form; missing keys take their default. UserError lists all that is wrong in `where`."""
+        problems: list[str] = []
+        if not isinstance(tree, Mapping):
+            raise UserError(f"{where}: expected groups of settings ({', '.join(GROUPS)}), found {show(tree)}.")
+        rows = Rows(Row(group, Rows(map(Row, keys, keys.values())) if isinstance(keys, Mapping) else keys) for group, keys in tree.items())
+        return resolve(place(rows, where, problems), problems)[0]
+
+
+# ------------------------------------------------------------------------------------------------ one key: what it takes
+
+
+class Unfit(Exception):
+    """A value that a key does not take; the text goes behind the key's name."""
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError
+    return int(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise TypeError
+    return float(value)
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError
+    return os.fspath(value)
+
+
+def _wholes(value: object) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not value or len(set(map(_whole, value))) < len(value):
+        raise TypeError
+    return tuple(map(_whole, value))
+
+
+def _feature_ids(value: object) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        if value not in ("auto", "none"):
+            raise TypeError
+        return () if value == "none" else value
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    ids = tuple(v if isinstance(v, str) else str(_whole(v)) for v in value)
+    if len(set(ids)) < len(ids) or {"", "auto", "none"}.intersection(ids):
+        raise ValueError
+    return ids
+
+
+def _path(value: object) -> Path:
+    if not _text(value):
+        raise ValueError
+    return Path(_text(value))
+
+
+class Kind(NamedTuple):
+    convert: Callable[[Any], object]  # raises TypeError or ValueError
+    expected: str
+    short: str  # for --help
+
+
+# By the field's annotation.
+KINDS: dict[str, Kind] = {
+    "bool": Kind(_truth, "true or false", "[BOOL]"),
+    "int": Kind(_whole, "a whole number", "INT"),
+    "float": Kind(_number, "a number", "NUMBER"),
+    "str": Kind(_text, "text (in quotes where YAML takes it for something else)", "TEXT"),
+    "tuple[int, ...]": Kind(_wholes, "a list of different whole numbers", "INT ..."),
+    "str | tuple[str, ...]": Kind(_feature_ids, "auto, none or a list of different feature ids, as [81, 82]", "ID ..."),
+    "Path | None": Kind(_path, "a path", "PATH"),
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the tree (or, with group "", an option of the command line): its kind, default, documentation and limits."""
+
+    group: str
+    name: str
+    kind: str
+    default: object
+    doc: str
+    unit: str = ""
+    choices: tuple = ()
+    minimum: float | None = None  # at least
+    above: float | None = None
+    maximum: float | None = None  # at most
+    below: float | None = None
+    pattern: str = ""  # the whole text matches it; with choices it decides, and the choices are what is shown
+    expects: str = ""  # what a person is told to give, in place of the kind's words
+    value_aliases: Mapping[str, object] = field(default_factory=dict)
+    env: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return f"{self.group}.{self.name}" if self.group else self.name
+
+    @property
+    def is_list(self) -> bool:
+        return "tuple" in self.kind
+
+    def limits(self) -> str:
+        """The range in words: "at least 0, below 1"."""
+        words = {"at least": self.minimum, "above": self.above, "at most": self.maximum, "below": self.below}
+        return ", ".join(f"{word} {limit}" for word, limit in words.items() if limit is not None)
+
+    def describe(self) -> str:
+        """Documentation, unit, what it may be, its other names: config.yaml's comment and --help's text."""
+        choices, limits, others = ", ".join(map(str, (*self.choices, *self.value_aliases))), self.limits(), ", ".join(self.aliases)
+        facts = [(self.unit and self.unit not in self.doc.lower(), f"Unit: {self.unit}."), (choices, f"One of: {choices}."),
+                 (limits, f"{limits.capitalize()}."), (others, f"Also: {others}."), (self.env, f"Variable: {self.env}.")]  # fmt: skip
+        return " ".join([self.doc, *(text for holds, text in facts if holds)])
+
+    def read(self, value: object) -> object:
+        """`value` in the key's own type (an int for a float, a list for a tuple); raises Unfit where it does not fit."""
+        convert, expected, _ = KINDS[self.kind]
+        choices = [str(choice) for choice in (*self.choices, *self.value_aliases)]
+        expected = self.expects or (f"one of {', '.join(choices)}" if choices else ", ".join(filter(None, (expected, self.limits()))))
+        try:
+            result = convert(self.value_aliases.get(value, value) if isinstance(value, str) else value)
+            if not (all(map(self._fits, result)) if isinstance(result, tuple) else self._fits(result)):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            close = nearest(str(value), choices, cutoff=0.7)
+            raise Unfit(f"is {show(value)}; expected {expected}{f' (did you mean {close}?)' if close else ''}.") from None
+        return result
+
+    def _fits(self, value: Any) -> bool:
+        if self.pattern:
+            return re.fullmatch(self.pattern, value) is not None
+        if self.choices:
+            return value in self.choices
+        return ((self.minimum is None or value >= self.minimum) and (self.above is None or value > self.above)
+                and (self.maximum is None or value <= self.maximum) and (self.below is None or value < self.below))  # fmt: skip
+
+
+def show(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "empty (null)", True: "true", False: "false"}[value]
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The valid name most like `name` (case and - for _ aside); None where the likeness (0 to 1) is below `cutoff`."""
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), list(names), n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+def keys_of(group: str, cls: type) -> list[Key]:
+    return [Key(group, f.name, str(f.type), f.default, **f.metadata) for f in fields(cls)]
+
+
+GROUPS: dict[str, type] = {f.name: f.default_factory for f in fields(Config)}  # type: ignore[misc]
+KEYS: dict[str, Key] = {key.name: key for group, cls in GROUPS.items() for key in keys_of(group, cls)}
+assert len(KEYS) == sum(len(fields(cls)) for cls in GROUPS.values()), "leaf names are unique in the tree"
+ALIASES: dict[str, Key] = {alias: key for key in KEYS.values() for alias in key.aliases}
+
+
+# ------------------------------------------------------------------------------------------------ from values to a tree
+
+
+class Row(NamedTuple):
+    """A key of a settings file with its value (for a group: rows) and line; line 0 = unknown."""
+
+    name: object
+    value: object
+    line: int = 0
+
+
+class Rows(tuple):
+    """The rows of a mapping; any other value of a group is a mistake."""
+
+
+class Given(NamedTuple):
+    """A value for a key, and where it came from in words: "config.yaml:12", "flag --lr"."""
+
+    key: Key
+    value: object
+    origin: str
+
+
+def place(groups: Rows, where: str, problems: list[str]) -> list[Given]:
+    """The keys of a settings file or dictionary, found in the tree; unknown, misplaced and repeated ones go to `problems`."""
+    given: list[Given] = []
+    seen: dict[str, Row] = {}
+
+    def at(row: Row) -> str:
+        return f"{where}:{row.line}" if row.line else where
+
+    def is_new(path: str, row: Row) -> bool:
+        first = seen.setdefault(path, row)
+        if first is not row:
+            spelled = "" if first.name == row.name else f" (as {first.name} and {row.name})"
+            spelled += f", first on line {first.line}" if first.line else ""
+            problems.append(f"{at(row)}: {path} is given twice{spelled}; give it once.")
+        return first is row
+
+    for group in groups:
+        if group.name not in GROUPS:
+            problems.append(f"{at(group)}: {unknown('group', group.name, {**GROUPS, **KEYS, **ALIASES})}")
+        elif is_new(str(group.name), group) and not isinstance(group.value, Rows | None):
+            problems.append(f"{at(group)}: group {group.name} is {show(group.value)}; expected its keys, indented, one a line.")
+        for row in group.value if group.name in GROUPS and isinstance(group.value, Rows) else ():
+            key = (KEYS | ALIASES).get(row.name) if isinstance(row.name, str) else None
+            if key is None or key.group != group.name:
+                problems.append(f"{at(row)}: {unknown(f'key in group {group.name}', row.name, KEYS | ALIASES)}")
+            elif is_new(key.path, row):
+                given.append(Given(key, row.value, at(row)))
+    return given
+
+
+def unknown(what: str, name: object, valid: Mapping[str, object]) -> str:
+    """The message for a name that is not in `valid`: "unknown key in group model: 'hiden_units'; the nearest is model.hidden_units."."""
+    close = nearest(str(name), valid)
+    if close is None:
+        return f"unknown {what}: {show(name)}; `python main.py --help` lists all."
+    found = valid[close]
+    return f"unknown {what}: {show(name)}; the nearest is {found.path if isinstance(found, Key) else close}."
+
+
+def resolve(given: Iterable[Given], problems: list[str]) -> tuple[Config, dict[str, str]]:
+    """The tree made of `given`, later ones first, and each key's origin; UserError lists `problems` and all that is found here."""
+    values: dict[str, object] = {}
+    origins = dict.fromkeys(KEYS, DEFAULT)
+    wrong: set[str] = set()
+    for key, value, origin in given:
+        try:
+            values[key.name] = key.read(value)
+            origins[key.name] = origin
+        except Unfit as unfit:
+            problems.append(f"{origin}: {key.path} {unfit}")
+            wrong.add(key.name)
+    groups = {}
+    for group, cls in GROUPS.items():
+        try:
+            groups[group] = cls(**{name: value for name, value in values.items() if KEYS[name].group == group})
+        except SettingError as error:
+            for names, text in error.problems:
+                who = ", ".join(dict.fromkeys(origins[name] for name in names if origins[name] != DEFAULT))
+                if not wrong.intersection(names):
+                    problems.append(f"{who}: {text}" if who else text)
+    if problems:
+        raise UserError("\n".join(problems))
+    return Config(**groups), origins
+
+
+def with_values(config: Config, **values: object) -> Config:
+    """`config` with some keys changed, by leaf name: with_values(config, batch_size=4, position="learned"). Checked as ever."""
+    tree = config.to_dict()
+    for name, value in values.items():
+        if name not in KEYS:
+            raise UserError(unknown("key", name, KEYS))
+        tree[KEYS[name].group][name] = value
+    return Config.from_dict(tree, "with_values")
+
+
+def warnings_for(config: Config) -> list[str]:
+    """A line for each value that differs from its default and has no effect under the other settings, or a costly one."""
+    t, loss, ev, model = config.training, config.loss, config.eval, config.model
+    by_name = f"with loss.name {loss.name}"
+    idle = [
+        (loss.name == "full_softmax", ("num_negatives",), by_name),
+        (loss.name != "sampled_softmax", ("in_batch_negatives", "logq"), by_name),
+        (loss.name == "bce", ("temperature",), by_name),
+        (model.item_activation == "none", ("candidate_activation",), "with model.item_activation none"),
+        (t.optimizer == "adam" and t.weight_decay > 0, ("weight_decay",), "with training.optimizer adam"),
+        (t.lr_scheduler != "cosine", ("min_lr_ratio",), f"with training.lr_scheduler {t.lr_scheduler}"),
+        (t.lr_scheduler != "step", ("lr_step_epochs", "lr_gamma"), f"with training.lr_scheduler {t.lr_scheduler}"),
+        (t.max_steps > 0, ("num_epochs", "patience"), "with training.max_steps above 0"),
+        (config.data.num_workers == 0, ("prefetch_batches",), "with data.num_workers 0"),
+        (ev.protocol == "leave_one_out", ("holdout_fraction", "target"), "with eval.protocol leave_one_out"),
+        (not config.system.tensorboard, ("tensorboard_path",), "with system.tensorboard false"),
+    ]
+    lines = [f"{KEYS[name].path} {show(config.get(name))} has no effect {why}."
+             for holds, names, why in idle if holds for name in names if config.get(name) != KEYS[name].default]  # fmt: skip
+    if model.attention_dropout > 0:
+        lines.append(f"model.attention_dropout {model.attention_dropout} leaves the flash kernel on CPU: more time, more memory.")
+    return lines

@@ -1,0 +1,18 @@
+"""Puts the repository's root on the path, and names the folder of real public data for tests that use it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+PUBLIC_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def public_data() -> Path:
+    """The folder of real public sets; a test that asks for it is skipped where a clone does not have it."""
+    if not PUBLIC_DATA.is_dir():
+        pytest.skip(f"no public data at {PUBLIC_DATA}")
+    return PUBLIC_DATA
