@@ -1,0 +1,427 @@
+"""The run folder: its name, who owns it, its status, and which run and checkpoint a resumed run goes on with.
+
+Must not know models or training; settings reach it as plain paths.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+import torch
+
+from checkpoint import (
+    LINK_NAME, TEMPORARY, clean_temporary, find_checkpoint, list_checkpoints, newest_valid, plain_json, set_aside_newer, write_text_atomic,
+)  # fmt: skip
+from errors import RunError, UserError
+
+STATES = ("running", "finished", "failed", "interrupted")
+STATUS, TRAIN_LOG, LOCK = "status.json", "train.log", ".lock"
+_OWN_FILES = (STATUS, TRAIN_LOG, "metrics.json", "report.html", "command.txt", "environment.json", "config.resolved.yaml")
+_ENVIRONMENT_VARIABLES = (
+    "OMP_NUM_THREADS", "MALLOC_ARENA_MAX", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+
+
+class Paths(Protocol):
+    """The part of config.paths that names a run's folders; "" = not given."""
+
+    log_path: str
+    tensorboard_path: str
+    checkpoint_path: str
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """A run's folders, all made. resume_from: the valid checkpoint to go on with, None for a run from the start.
+
+    continued: the folder held this run before, so logs are appended to. lock: kept open as long as the run lives.
+    """
+
+    log_dir: Path
+    tensorboard_dir: Path
+    checkpoint_dir: Path
+    name: str
+    resume_from: Path | None = None
+    continued: bool = False
+    lock: IO[str] | None = field(default=None, repr=False, compare=False)
+
+
+# ---- status -------------------------------------------------------------------------------------------------------------
+
+
+def read_status(log_dir: Path) -> dict:
+    """status.json as a dict; {} where there is none, {"state": "running"} where it cannot be read: such a run counts as unfinished."""
+    path = Path(log_dir) / STATUS
+    if not path.is_file():
+        return {}
+    try:
+        status = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return {"state": "running"}
+    return status if isinstance(status, dict) and status.get("state") in STATES else {"state": "running"}
+
+
+def write_status(log_dir: Path, state: str, step: int, reason: str = "", **more: object) -> bool:
+    """Write status.json atomically: state (one of STATES), step (updates done), reason (one line; "" where all is well).
+
+    What prepare_run put there (name, checkpoint_path, tensorboard_path) stays. False when the disk is full: the old file is whole
+    then, and "running" counts as unfinished, so nothing is lost by going on.
+    """
+    if state not in STATES:
+        raise ValueError(f"state is {state!r}; expected one of {', '.join(STATES)}")
+    old = {key: value for key, value in read_status(log_dir).items() if key in ("kind", "name", "checkpoint_path", "tensorboard_path")}
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    status = {"state": state, "step": int(step), "reason": reason, "time": now, "pid": os.getpid()} | old | more
+    try:
+        write_text_atomic(Path(log_dir) / STATUS, json.dumps(plain_json(status), indent=1) + "\n")
+    except RunError:
+        return False
+    return True
+
+
+def write_start_files(log_dir: Path, resolved_yaml: str, argv: Sequence[str], environment: dict) -> None:
+    """Write config.resolved.yaml, command.txt (a resumed run adds its line) and environment.json. RunError when the disk is full."""
+    log_dir = Path(log_dir)
+    command = log_dir / "command.txt"
+    before = command.read_text(encoding="utf-8", errors="replace") if command.is_file() else ""
+    write_text_atomic(log_dir / "config.resolved.yaml", resolved_yaml)
+    write_text_atomic(command, before + shlex.join(argv) + "\n")
+    write_text_atomic(log_dir / "environment.json", json.dumps(plain_json(environment), indent=1) + "\n")
+
+
+# ---- preparing ----------------------------------------------------------------------------------------------------------
+
+
+def prepare_run(
+    paths: Paths,
+    *,
+    run_name: str = "",
+    resume: bool = False,
+    resume_path: str | Path = "",
+    overwrite: bool = False,
+    now: datetime | None = None,
+    base: Path = Path("."),
+    log: Callable[[str], None] = print,
+) -> RunPaths:
+    """Choose and make a run's folders, and find the checkpoint to go on with.
+
+    paths: those given are used exactly; the others are base/logs, base/tb_logs, base/checkpoints + `<time>-<name>`.
+    resume: go on with the newest unfinished run, or start anew and say so. resume_path: go on with this run folder, checkpoint or link.
+    overwrite: remove what another run left in the folders first.
+    UserError where the folders hold another run and neither was asked for, or a living process uses them.
+    """
+    now = now or datetime.now()
+    if overwrite and (resume or resume_path):
+        raise UserError("--overwrite starts anew and --resume goes on: give one of them.")
+    name = _default_name(run_name, now)
+    if resume_path:
+        run = _resume_given(Path(resume_path), paths, name, base, log)
+    elif resume:
+        run = _resume_newest(paths, name, base, log)
+    else:
+        run = _new_folders(paths, name, base)
+    lock = _open_folders(run)
+    if not (resume or resume_path):
+        _refuse_or_clear(run, overwrite)
+    clean_temporary(run.checkpoint_dir)
+    for path in run.log_dir.glob(f"{TEMPORARY}*"):
+        if path.is_file():
+            path.unlink()
+    step = 0 if run.resume_from is None else _step_of(run.resume_from)
+    if resume or resume_path:
+        set_aside_newer(run.checkpoint_dir, -1 if run.resume_from is None else step, log)
+    where = {"checkpoint_path": str(run.checkpoint_dir.resolve()), "tensorboard_path": str(run.tensorboard_dir.resolve())}
+    if not write_status(run.log_dir, "running", step, "", name=run.name, **where):
+        raise RunError(f"{run.log_dir / STATUS}: no space left to write. Free some space, or point log_path elsewhere.")
+    return replace(run, lock=lock)
+
+
+def prepare_eval(paths: Paths, *, run_name: str = "", now: datetime | None = None, base: Path = Path(".")) -> RunPaths:
+    """The folder of an evaluation (--inference_only): `<log_path>/eval-<time>`, or base/logs/<time>-eval; never resumed or continued."""
+    now = now or datetime.now()
+    name = _default_name(run_name or "eval", now)
+    wished = Path(paths.log_path) / f"eval-{now:%Y%m%d-%H%M%S}" if paths.log_path else Path(base) / "logs" / name
+    log_dir = _unused(wished)
+    run = RunPaths(log_dir, Path(paths.tensorboard_path or log_dir), Path(paths.checkpoint_path or log_dir), log_dir.name)
+    _make_folder(log_dir, "log_path")
+    write_status(log_dir, "running", 0, "", name=run.name, kind="eval")
+    return run
+
+
+def _default_name(run_name: str, now: datetime) -> str:
+    return f"{now:%Y%m%d-%H%M%S}-" + (re.sub(r"[^\w.=-]+", "_", run_name).strip("._") or "run")
+
+
+def _new_folders(paths: Paths, name: str, base: Path) -> RunPaths:
+    """Folders as given; the others take the run's name, with a number behind it where one of them is taken."""
+    if paths.log_path and (Path(paths.log_path) / STATUS).is_file():
+        return _folders_of(Path(paths.log_path), paths, base)  # another run's: what it noted is what --overwrite removes
+    name = (Path(paths.log_path).resolve().name or name) if paths.log_path else name
+    given = {"logs": paths.log_path, "tb_logs": paths.tensorboard_path, "checkpoints": paths.checkpoint_path}
+    count, free = 1, name
+    while any((Path(base) / folder / free).exists() for folder, path in given.items() if not path):
+        count += 1
+        free = f"{name}-{count}"
+    log_dir, tensorboard_dir, checkpoint_dir = (Path(path) if path else Path(base) / folder / free for folder, path in given.items())
+    return RunPaths(log_dir, tensorboard_dir, checkpoint_dir, free)
+
+
+def _unused(path: Path) -> Path:
+    count, free = 1, path
+    while free.exists():
+        count += 1
+        free = path.with_name(f"{path.name}-{count}")
+    return free
+
+
+def _make_folder(path: Path, key: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be made: {error.strerror}. Point {key} at a folder that can be written.") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {path} cannot be written to. Point {key} at a folder that can be written.")
+
+
+def _open_folders(run: RunPaths) -> IO[str] | None:
+    """Make the folders and take the run's lock; UserError when a living process holds it."""
+    for path, key in ((run.log_dir, "log_path"), (run.tensorboard_dir, "tensorboard_path"), (run.checkpoint_dir, "checkpoint_path")):
+        _make_folder(path, key)
+    lock, holder = _take_lock(run.log_dir)
+    if holder:
+        raise UserError(f"{run.log_dir}: a run is going on there (process {holder}). Wait for its end, or choose another log_path.")
+    return lock
+
+
+def _take_lock(log_dir: Path) -> tuple[IO[str] | None, int]:
+    """(open lock file, 0), or (None, process that holds it). The system frees the lock of a killed process by itself.
+
+    (None, 0) where the file system has no locks, or where this very process holds it: a second run in one process follows the first.
+    """
+    lock = open(Path(log_dir) / LOCK, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        text = lock.read().strip()
+        lock.close()
+        holder = int(text) if text.isdigit() else -1
+        return None, 0 if holder == os.getpid() else holder
+    except OSError:
+        lock.close()
+        return None, 0
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock, 0
+
+
+def _is_alive(log_dir: Path) -> bool:
+    if not (Path(log_dir) / LOCK).is_file() or not os.access(Path(log_dir) / LOCK, os.W_OK):
+        return False
+    lock, holder = _take_lock(log_dir)
+    if lock is not None:
+        lock.close()
+    return holder != 0
+
+
+def _traces(run: RunPaths) -> Path | None:
+    """What shows that a run lives in these folders, or None."""
+    for path in (run.log_dir / STATUS, run.log_dir / TRAIN_LOG):
+        if path.exists():
+            return path
+    found = list_checkpoints(run.checkpoint_dir)
+    return found[-1] if found else None
+
+
+def _refuse_or_clear(run: RunPaths, overwrite: bool) -> None:
+    trace = _traces(run)
+    if trace is None:
+        return
+    if not overwrite:
+        raise UserError(
+            f"{trace} belongs to another run; a new run never writes into its folder.\n"
+            "Give --resume to go on with it, --overwrite to remove it and start anew, or other paths."
+        )
+    # status.json goes last: until then a crash leaves a folder that still counts as a run's.
+    for folder in list_checkpoints(run.checkpoint_dir):
+        shutil.rmtree(folder)
+    for path in sorted(run.checkpoint_dir.glob("*.pt")):
+        if LINK_NAME.fullmatch(path.name):
+            path.unlink()
+    for path in run.tensorboard_dir.glob("events.out.tfevents.*"):
+        path.unlink()
+    for name in reversed(_OWN_FILES):
+        (run.log_dir / name).unlink(missing_ok=True)
+
+
+# ---- resuming -----------------------------------------------------------------------------------------------------------
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(re.search(r"global_step(\d+)", checkpoint.name).group(1))
+
+
+def _folders_of(log_dir: Path, paths: Paths, base: Path) -> RunPaths:
+    """The folders of the run that lives in log_dir: those given now, else those it noted, else the default ones."""
+    status = read_status(log_dir)
+    name = str(status.get("name") or log_dir.resolve().name)
+
+    def choose(given: str, key: str, default: str) -> Path:
+        if given:
+            return Path(given)
+        noted, usual = status.get(key), Path(base) / default / name
+        # A run that was moved notes a place that is gone; the usual one serves then.
+        return Path(noted) if isinstance(noted, str) and Path(noted).is_dir() and Path(noted) != usual.resolve() else usual
+
+    tensorboard_dir = choose(paths.tensorboard_path, "tensorboard_path", "tb_logs")
+    return RunPaths(log_dir, tensorboard_dir, choose(paths.checkpoint_path, "checkpoint_path", "checkpoints"), name, continued=True)
+
+
+def _with_newest(run: RunPaths, log: Callable[[str], None]) -> RunPaths:
+    """The run with its newest valid checkpoint, or from the start, said so."""
+    newest = newest_valid(run.checkpoint_dir, log)
+    if newest is None:
+        log(f"--resume: no valid checkpoint in {run.checkpoint_dir}: starting anew")
+    return replace(run, resume_from=newest)
+
+
+def unfinished_runs(base: Path = Path(".")) -> list[Path]:
+    """Run folders in base/logs that are neither finished nor alive nor evaluations, the one that changed its status last at the end."""
+    folders = [path for path in (Path(base) / "logs").glob("*/") if (path / STATUS).is_file()]
+    found = []
+    for path in sorted(folders, key=lambda path: ((path / STATUS).stat().st_mtime_ns, path.name)):
+        status = read_status(path)
+        if status["state"] != "finished" and status.get("kind") != "eval" and not _is_alive(path):
+            found.append(path)
+    return found
+
+
+def _resume_newest(paths: Paths, name: str, base: Path, log: Callable[[str], None]) -> RunPaths:
+    if paths.log_path:
+        log_dir = Path(paths.log_path)
+        if not (log_dir / STATUS).is_file():
+            return _with_newest(_new_folders(paths, name, base), log)  # an empty folder, or one whose logs were lost
+        run = _with_newest(_folders_of(log_dir, paths, base), log)
+        if read_status(log_dir)["state"] == "finished":
+            if run.resume_from is None:
+                what = f"the run in {log_dir} is finished and has no valid checkpoint"
+                raise UserError(f"--resume: {what}. Give --overwrite, or another log_path.")
+            log(f"--resume: the run in {log_dir} is finished; going on from its last checkpoint (--overwrite starts anew)")
+        return run
+    runs = [_folders_of(path, paths, base) for path in unfinished_runs(base)]
+    if paths.checkpoint_path:
+        wanted = Path(paths.checkpoint_path).resolve()
+        runs = [run for run in runs if Path(str(read_status(run.log_dir).get("checkpoint_path", ""))).resolve() == wanted]
+    if not runs:
+        log(f"--resume: no unfinished run in {Path(base) / 'logs'}")
+        return _with_newest(_new_folders(paths, name, base), log)
+    run = _with_newest(runs[-1], log)
+    return run if run.resume_from is not None else _new_folders(paths, name, base)
+
+
+def _resume_given(given: Path, paths: Paths, name: str, base: Path, log: Callable[[str], None]) -> RunPaths:
+    """Go on with a run folder, a folder of checkpoints, a checkpoint or a link to one."""
+    if not given.exists():
+        expected = "a run folder, a checkpoint folder, or a link such as best_model.pt"
+        raise UserError(f"--resume_path: {given} does not exist. Expected {expected}.")
+    if given.is_dir() and (given / STATUS).is_file():
+        where = _folders_of(given, paths, base).checkpoint_dir
+    else:
+        where = given
+    if list_checkpoints(where) or where != given:
+        folder = newest_valid(where, log)
+        if folder is None:
+            raise UserError(f"--resume_path: {given}: no valid checkpoint in {where}. Start anew without --resume_path.")
+    else:
+        folder = find_checkpoint(where)
+    owner = _owner_of(folder, paths, base)
+    run = owner or _new_folders(paths, name, base)
+    inside = list_checkpoints(run.checkpoint_dir)
+    mixed = bool(inside) and not _is_newest(folder, run.checkpoint_dir)
+    if mixed or (owner is None and (run.log_dir / STATUS).is_file()):
+        raise UserError(
+            f"--resume_path: {folder} is not the newest checkpoint of the run in {run.log_dir}; going on from it would mix two runs.\n"
+            "Point log_path and checkpoint_path at new folders, or give --resume to go on with the newest."
+        )
+    if owner is None:
+        log(f"--resume_path: a new run in {run.log_dir} goes on from {folder}")
+    return replace(run, resume_from=folder)
+
+
+def _owner_of(folder: Path, paths: Paths, base: Path) -> RunPaths | None:
+    """The run whose newest checkpoint this is: that of log_path, or one in base/logs."""
+    logs = [Path(paths.log_path)] if paths.log_path else [path.parent for path in sorted((Path(base) / "logs").glob(f"*/{STATUS}"))]
+    for log_dir in reversed(logs):
+        if (log_dir / STATUS).is_file() and read_status(log_dir).get("kind") != "eval":
+            run = _folders_of(log_dir, paths, base)
+            if _is_newest(folder, run.checkpoint_dir):
+                return run
+    return None
+
+
+def _is_newest(folder: Path, root: Path) -> bool:
+    """Whether the checkpoint is the newest valid one under root. Later ones are hashed only when there are any."""
+    inside = [path.resolve() for path in list_checkpoints(root)]
+    if folder.resolve() not in inside:
+        return False
+    if inside[-1] == folder.resolve():
+        return True
+    newest = newest_valid(root, lambda _: None)
+    return newest is not None and newest.resolve() == folder.resolve()
+
+
+# ---- environment --------------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict:
+    """What a run's speed and bits depend on: versions, processor, memory, threads, GPU, commit. No host or user name."""
+    gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _first_value("/proc/cpuinfo", "model name") or platform.processor(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(int((_first_value("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) / 2**20, 2),
+        "gpus": [f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, capability {gpu.major}.{gpu.minor}" for gpu in gpus],
+        "commit": _commit(Path(__file__).resolve().parent),
+        "variables": {name: os.environ[name] for name in _ENVIRONMENT_VARIABLES if name in os.environ},
+    }
+
+
+def _first_value(path: str, key: str) -> str | None:
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith(key)), None)
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of the scripts, "-dirty" behind it when they were changed; None where there is no repository or no git."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        quiet = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # looking must not touch the index
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False, env=quiet)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

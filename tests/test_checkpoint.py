@@ -1,0 +1,672 @@
+"""checkpoint.py: round trips, damage, links, pruning, a crash at every call, kill -9, full disks, hostile files."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint as ck
+from errors import RunError, UserError
+
+
+def state(seed: int, rows: int = 40) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.ones(2, dtype=torch.bfloat16)
+    return {"table.weight": torch.randn(rows, 4, generator=generator), "bias": torch.arange(3) + seed, "half": half}
+
+
+def trainer(seed: int) -> dict:
+    return {
+        "optimizer": {"state": {0: {"exp_avg": torch.full((3,), float(seed)), "step": 7}}, "groups": [{"lr": 1e-3, "betas": (0.9, 0.98)}]},
+        "rng": torch.get_rng_state(), "position": {"epoch": 2, "next_sample": 64, "best": None, "name": "x", "done": False},
+    }  # fmt: skip
+
+
+def save(root: Path, step: int, loss: float | None = None, seed: int | None = None, **meta: object) -> Path:
+    seed = step if seed is None else seed
+    meta = {"epoch": 1} | meta
+    return ck.save_checkpoint(root, step=step, valid_loss=loss, model_state=state(seed), trainer_state=trainer(seed), meta=meta)
+
+
+def content(path: Path | None) -> str | None:
+    """Hash of everything a checkpoint holds."""
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    for name in (ck.MODEL, ck.TRAINER, ck.META):
+        digest.update((path / name).read_bytes())
+    return digest.hexdigest()
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+# ---- round trip ---------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_by_folder_file_and_link(tmp_path):
+    path = save(tmp_path, 1200, 0.09591)
+    assert path.name == "global_step1200.valid_loss=0.0959"
+    assert sorted(os.listdir(path)) == ["meta.json", "model.pt", "trainer.pt"]
+    assert os.listdir(tmp_path) == [path.name]
+    link = ck.link(tmp_path, "best_model.pt", path)
+    for given in (path, path / "model.pt", link):
+        loaded = ck.load_checkpoint(given, with_trainer=True)
+        assert loaded.path == path and loaded.meta["step"] == 1200 and loaded.meta["epoch"] == 1 and loaded.meta["valid_loss"] == 0.09591
+        assert equal(loaded.model_state, state(1200))
+        assert equal(loaded.trainer_state["optimizer"], trainer(1200)["optimizer"])
+        assert equal(loaded.trainer_state["position"], trainer(1200)["position"])
+    assert ck.load_checkpoint(path, with_trainer=False).trainer_state is None
+
+
+def test_files_load_with_plain_torch_and_hashes_stand_in_meta(tmp_path):
+    path = save(tmp_path, 3)
+    meta = json.loads((path / "meta.json").read_text())
+    for name in ("model.pt", "trainer.pt"):
+        data = (path / name).read_bytes()
+        assert meta["files"][name] == {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    assert equal(torch.load(path / "model.pt", weights_only=True), state(3))
+
+
+def test_same_state_gives_the_same_bytes(tmp_path):
+    torch.manual_seed(0)
+    first = content(save(tmp_path / "a", 5, 0.5))
+    torch.manual_seed(0)
+    assert first == content(save(tmp_path / "b", 5, 0.5))
+
+
+def test_names_of_unknown_losses(tmp_path):
+    assert save(tmp_path, 1, None).name == "global_step1.valid_loss=nan"
+    path = save(tmp_path, 2, float("nan"))
+    assert path.name == "global_step2.valid_loss=nan"
+    assert json.loads((path / "meta.json").read_text())["valid_loss"] is None
+
+
+def test_a_view_is_saved_without_the_table_behind_it(tmp_path):
+    big = torch.zeros(100_000, 4)
+    path = ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={"row": big[:2]}, trainer_state={}, meta={})
+    assert (path / "model.pt").stat().st_size < 5_000
+    assert ck.load_checkpoint(path, with_trainer=False).model_state["row"].shape == (2, 4)
+
+
+def test_saving_makes_no_copy_of_cpu_tensors():
+    table = torch.zeros(1000, 8)
+    assert ck._storable({"a": [table]}, "x")["a"][0].data_ptr() == table.data_ptr()
+
+
+def test_loaded_tensors_may_be_changed_without_touching_the_file(tmp_path):
+    path = save(tmp_path, 1)
+    before = content(path)
+    ck.load_checkpoint(path, with_trainer=False).model_state["table.weight"].mul_(0)
+    assert content(path) == before
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ({"a": np.float64(1)}, "trainer_state['a']"),
+        ({"a": [1, {2}]}, "trainer_state['a'][1]"),
+        ({"a": {1.5: 1}}, "trainer_state['a']"),
+        ({"f": print}, "trainer_state['f']"),
+    ],
+)
+def test_what_weights_only_refuses_is_refused_when_saving(tmp_path, value, where):
+    with pytest.raises(TypeError) as error:
+        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={}, trainer_state=value, meta={})
+    assert where in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_model_state_and_meta_are_checked(tmp_path):
+    with pytest.raises(TypeError, match="'a' is a int"):
+        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={"a": 1}, trainer_state={}, meta={})
+    with pytest.raises(TypeError, match="object"):
+        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={}, trainer_state={}, meta={"x": object()})
+    assert os.listdir(tmp_path) == []
+
+
+def test_plain_json():
+    given = {"a": np.float32(0.5), "b": torch.tensor(3), "c": float("inf"), "d": (1, Path("/x")), 5: True}
+    assert ck.plain_json(given) == {"a": 0.5, "b": 3, "c": None, "d": [1, "/x"], "5": True}
+
+
+# ---- damage -------------------------------------------------------------------------------------------------------------
+
+
+def damage(path: Path, kind: str, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "truncate":
+        data = data[: rng.randrange(len(data))]
+    else:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["truncate", "flip"])
+def test_200_damages_are_detected_before_load_and_the_previous_one_is_taken(tmp_path, kind, monkeypatch):
+    root, rng = tmp_path / "c", random.Random(kind)
+    old, new = save(root, 10), save(root, 20)
+    spare = tmp_path / "spare"
+    shutil.copytree(new, spare)
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("read before the hashes were compared"))
+    for _ in range(200):
+        damage(new / rng.choice([ck.MODEL, ck.TRAINER, ck.META]), kind, rng)
+        lines = []
+        assert ck.newest_valid(root, lines.append) == old
+        assert len(lines) == 1 and "global_step20" in lines[0]
+        with pytest.raises(UserError, match="global_step20"):
+            ck.load_checkpoint(new, with_trainer=True)
+        shutil.rmtree(new)
+        shutil.copytree(spare, new)
+    assert ck.newest_valid(root, pytest.fail) == new
+
+
+@pytest.mark.parametrize("name", [ck.MODEL, ck.TRAINER, ck.META])
+def test_a_missing_file_is_named(tmp_path, name):
+    path = save(tmp_path, 1)
+    (path / name).unlink()
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        ck.load_checkpoint(path, with_trainer=True)
+    assert ck.newest_valid(tmp_path, lambda _: None) is None
+
+
+def test_messages_name_file_expected_and_found(tmp_path):
+    path = save(tmp_path, 1)
+    size = (path / ck.MODEL).stat().st_size
+    os.truncate(path / ck.MODEL, size - 1)
+    with pytest.raises(UserError) as error:
+        ck.load_checkpoint(path, with_trainer=False)
+    assert str(path / ck.MODEL) in str(error.value) and f"expected {size:,} bytes, found {size - 1:,}" in str(error.value)
+    assert str(error.value).count("\n") < 3
+
+
+def test_infer_needs_no_trainer_file(tmp_path):
+    path = save(tmp_path, 1)
+    (path / ck.TRAINER).unlink()
+    assert equal(ck.load_checkpoint(path, with_trainer=False).model_state, state(1))
+
+
+def test_another_format_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ck, "FORMAT_VERSION", 99)
+    path = save(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="format_version is 99; expected 1"):
+        ck.read_meta(path)
+
+
+# ---- strangers' files ---------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.canary}",)
+
+
+def reseal(path: Path) -> None:
+    """What an attacker can do: hashes that fit."""
+    meta = json.loads((path / ck.META).read_text())
+    for name in (ck.MODEL, ck.TRAINER):
+        data = (path / name).read_bytes()
+        meta["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    (path / ck.META).write_text(ck._meta_text(meta))
+
+
+def test_hostile_content_with_fitting_hashes_runs_nothing(tmp_path):
+    path, canary = save(tmp_path, 1), tmp_path / "canary"
+    good = (path / ck.MODEL).read_bytes()
+    with open(tmp_path / "evil.pt", "wb") as file:
+        torch.save({"a": Evil(canary)}, file)
+    cases = [(tmp_path / "evil.pt").read_bytes(), pickle.dumps(Evil(canary), protocol=2), b"", b"PK\x03\x04garbage", good[:200]]
+    for name in (ck.MODEL, ck.TRAINER):
+        for data in cases:
+            (path / name).write_bytes(data)
+            reseal(path)
+            with pytest.raises(UserError, match="torch refuses"):
+                ck.load_checkpoint(path, with_trainer=True)
+        (path / name).write_bytes(good)
+    assert not canary.exists()
+
+
+def test_a_list_or_a_non_tensor_in_model_pt_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    for value, text in (([1], "expected a dict, found a list"), ({"a": 3}, "'a' is a int; expected tensors only")):
+        torch.save(value, path / ck.MODEL)
+        reseal(path)
+        with pytest.raises(UserError, match=text):
+            ck.load_checkpoint(path, with_trainer=False)
+
+
+ODD_META = [
+    "[1]", "{}", '{"format_version": 1, "files": {}}', "[" * 100_000, '{"format_version": 1, "files": {"model.pt": 3, "trainer.pt": 4}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_META)
+def test_meta_of_another_shape_is_refused(tmp_path, text):
+    path = save(tmp_path, 1)
+    body = text + '"meta_sha256": "' + "0" * 64 + '"\n}\n'
+    (path / ck.META).write_text(body.replace("0" * 64, hashlib.sha256(body.encode()).hexdigest()))
+    with pytest.raises(UserError, match="not a checkpoint's meta.json"):
+        ck.read_meta(path)
+
+
+def test_the_organisers_layout_is_refused_with_the_reason(tmp_path):
+    folder = tmp_path / "global_step1200.valid_loss=0.0959"
+    folder.mkdir()
+    torch.save(state(1), folder / "model.pt")
+    torch.save(state(1), tmp_path / "weights.pt")
+    for given in (folder, folder / "model.pt", tmp_path / "weights.pt"):
+        with pytest.raises(UserError) as error:
+            ck.load_checkpoint(given, with_trainer=False)
+        assert "bare state_dict (3 tensors" in str(error.value) and "meta.json" in str(error.value) and "Expected" in str(error.value)
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match="a file that torch refuses"):
+        ck.find_checkpoint(tmp_path / "text.pt")
+
+
+def test_wrong_paths(tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        ck.find_checkpoint(tmp_path / "nothing")
+    with pytest.raises(UserError, match="neither meta.json nor model.pt"):
+        ck.find_checkpoint(tmp_path)
+    save(tmp_path, 1)
+    path = save(tmp_path, 20)
+    with pytest.raises(UserError, match=f"holds 2 checkpoints; name one, such as {path}"):
+        ck.find_checkpoint(tmp_path)
+
+
+# ---- links, pruning -----------------------------------------------------------------------------------------------------
+
+
+def test_links_are_hard_links_and_move_atomically(tmp_path):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    link = ck.link(tmp_path, "best_model.pt", first)
+    assert os.path.samefile(link, first / ck.MODEL)
+    ck.link(tmp_path, "best_model.pt", first)  # again: rename of one file to itself does nothing
+    assert sorted(os.listdir(tmp_path)) == ["best_model.pt", first.name, second.name]
+    ck.link(tmp_path, "best_model.pt", second)
+    assert os.path.samefile(link, second / ck.MODEL) and ck.find_checkpoint(link) == second
+    assert sorted(os.listdir(tmp_path)) == ["best_model.pt", first.name, second.name]
+    for name in ("x/y.pt", "best", "../a.pt", "mine.pt"):
+        with pytest.raises(ValueError, match="a link is named"):
+            ck.link(tmp_path, name, first)
+
+
+def test_a_users_own_copy_or_link_survives_pruning(tmp_path):
+    first, _ = save(tmp_path, 1), save(tmp_path, 2)
+    shutil.copy(first / ck.MODEL, tmp_path / "copy.pt")
+    os.link(first / ck.MODEL, tmp_path / "link.pt")
+    assert ck.find_checkpoint(tmp_path / "copy.pt") == ck.find_checkpoint(tmp_path / "link.pt") == first
+    assert ck.prune(tmp_path, 1) == [first]
+    assert (tmp_path / "copy.pt").exists() and (tmp_path / "link.pt").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_prune_removes_folders_with_their_links(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    paths = [save(tmp_path, step) for step in (10, 20, 100, 3)]
+    for n, path in enumerate(paths):
+        assert os.path.samefile(ck.link(tmp_path, f"checkpoint_epoch_{n}.pt", path), path / ck.MODEL) == links
+    best = ck.link(tmp_path, "best_model.pt", paths[3])
+    assert ck.find_checkpoint(best) == paths[3]
+    assert ck.prune(tmp_path, 2, keep={best, tmp_path / "gone.pt"}) == [paths[0]]
+    kept = [paths[n].name for n in (1, 2, 3)] + [f"checkpoint_epoch_{n}.pt" for n in (1, 2, 3)]
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "best_model.pt"])
+    assert ck.prune(tmp_path, 0) == []
+    assert ck.prune(tmp_path, 1, keep=[paths[2]]) == [paths[3], paths[1]]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_epoch_2.pt", paths[2].name]
+    with pytest.raises(ValueError, match="keep_last_k"):
+        ck.prune(tmp_path, -1)
+
+
+def test_a_step_saved_again_replaces_the_old_one_and_its_links(tmp_path):
+    old = save(tmp_path, 5, None, seed=1)
+    ck.link(tmp_path, "checkpoint_epoch_1.pt", old)
+    new = save(tmp_path, 5, 0.25, seed=2)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_epoch_1.pt", new.name]
+    assert ck.find_checkpoint(tmp_path / "checkpoint_epoch_1.pt") == new
+    again = save(tmp_path, 5, 0.25, seed=3)
+    linked = ck.load_checkpoint(tmp_path / "checkpoint_epoch_1.pt", with_trainer=False)
+    assert again == new and equal(linked.model_state, state(3))
+
+
+def test_saving_the_same_weights_again_keeps_the_known_loss(tmp_path):
+    """A signal right after an evaluation saves once more without a loss: the best checkpoint must keep its name."""
+    path = save(tmp_path, 5, 0.25, seed=1)
+    ck.link(tmp_path, "best_model.pt", path)
+    assert save(tmp_path, 5, None, seed=1, again=True) == path
+    meta = ck.load_checkpoint(tmp_path / "best_model.pt", with_trainer=True).meta
+    assert meta["valid_loss"] == 0.25 and meta["again"] is True
+    assert save(tmp_path, 5, None, seed=2).name == "global_step5.valid_loss=nan"  # other weights: their loss is unknown
+
+
+def test_later_checkpoints_are_set_aside_not_deleted(tmp_path):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    ck.link(tmp_path, "best_model.pt", second)
+    os.truncate(second / ck.MODEL, 10)
+    lines = []
+    moved = ck.set_aside_newer(tmp_path, 1, lines.append)
+    assert [path.name for path in moved] == ["damaged-" + second.name] and len(lines) == 1
+    assert ck.list_checkpoints(tmp_path) == [first] and not (tmp_path / "best_model.pt").exists()
+    assert ck.prune(tmp_path, 1) == []
+
+
+# ---- crashes ------------------------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """The machine stops: every later call fails too, so that no clean-up runs."""
+
+
+@contextlib.contextmanager
+def crash_at(monkeypatch, call: int, root: Path):
+    """Stop at the `call`-th write, fsync, rename, link, unlink, mkdir or rmdir; what was not fsynced by then is cut in half."""
+    count, synced = [0], set()
+    before = {path.stat().st_ino for path in root.rglob("*") if path.is_file()}
+
+    def guard(function, is_sync=False):
+        def wrapped(*args, **kwargs):
+            count[0] += 1
+            if count[0] >= call:
+                raise Crash
+            if is_sync:
+                synced.add(os.fstat(args[0]).st_ino)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "link", "unlink", "mkdir", "rmdir"):
+            patch.setattr(os, name, guard(getattr(os, name)))
+        patch.setattr(os, "fsync", guard(os.fsync, True))
+        patch.setattr(ck._HashingFile, "write", guard(ck._HashingFile.write))
+        try:
+            yield count
+            crashed = False
+        except Crash:
+            crashed = True
+    for path in root.rglob("*") if crashed else ():
+        if path.is_file() and path.stat().st_ino not in synced | before:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def run_with_crashes(tmp_path, monkeypatch, prepare, act, check) -> int:
+    """`act` on a fresh `prepare`d folder, stopped at call 1, 2, ...; `check` after each, and again after cleaning.
+
+    Returns the number of calls.
+    """
+    call = 0
+    while True:
+        call += 1
+        root = tmp_path / f"r{call}"
+        root.mkdir()
+        prepare(root)
+        old = content(ck.newest_valid(root))
+        finished = False
+        with crash_at(monkeypatch, call, root):
+            act(root)
+            finished = True
+        found = content(ck.newest_valid(root, pytest.fail))
+        check(root, old, found)
+        ck.clean_temporary(root)
+        assert content(ck.newest_valid(root, pytest.fail)) == found
+        check(root, old, found)
+        assert not [name for name in os.listdir(root) if name.startswith(".")]
+        for path in root.glob("*.pt"):
+            assert ck.find_checkpoint(path) in ck.list_checkpoints(root)
+        if finished:
+            return call - 1
+
+
+def expected_content(tmp_path, *args) -> str:
+    return content(save(tmp_path / "reference", *args))
+
+
+def test_crash_at_every_call_of_a_save(tmp_path, monkeypatch):
+    torch.manual_seed(1)
+    new = expected_content(tmp_path, 20, 0.5)
+    seen = set()
+
+    def check(root, old, found):
+        assert found in (old, new)
+        seen.add(found == new)
+
+    assert run_with_crashes(tmp_path, monkeypatch, lambda root: save(root, 10, 0.9), lambda root: save(root, 20, 0.5), check) > 20
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("loss", [0.5, 0.7])
+def test_crash_at_every_call_of_a_replacement(tmp_path, monkeypatch, loss):
+    torch.manual_seed(1)
+    new = expected_content(tmp_path, 20, loss, 2)
+
+    def prepare(root):
+        ck.link(root, "best_model.pt", save(root, 20, 0.5, 1))
+
+    def check(root, old, found):
+        assert found in (old, new)
+        assert len(ck.list_checkpoints(root)) == 1
+        assert len(list(root.glob("global_step20*"))) <= 1
+
+    run_with_crashes(tmp_path, monkeypatch, prepare, lambda root: save(root, 20, loss, 2), check)
+
+
+def test_crash_at_every_call_of_prune_and_link(tmp_path, monkeypatch):
+    def prepare(root):
+        for step in (1, 2, 3):
+            ck.link(root, f"checkpoint_epoch_{step}.pt", save(root, step))
+        ck.link(root, "best_model.pt", root / ck.checkpoint_name(2, None))
+
+    def check(root, old, found):
+        assert found == old
+        for path in ck.list_checkpoints(root):  # none is half removed
+            ck.load_checkpoint(path, with_trainer=True)
+        assert ck.find_checkpoint(root / "best_model.pt").name in (ck.checkpoint_name(2, None), ck.checkpoint_name(3, None))
+
+    def act(root):
+        ck.link(root, "best_model.pt", root / ck.checkpoint_name(3, None))
+        ck.prune(root, 1, keep=[root / "best_model.pt"])
+        assert sorted(os.listdir(root)) == ["best_model.pt", "checkpoint_epoch_3.pt", ck.checkpoint_name(3, None)]
+
+    run_with_crashes(tmp_path, monkeypatch, prepare, act, check)
+
+
+def test_crash_at_every_call_of_write_text_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    for call in range(1, 10):
+        path.write_text("old")
+        with crash_at(monkeypatch, call, tmp_path) as count:
+            ck.write_text_atomic(path, "new text")
+        assert path.read_text() in ("old", "new text")
+        if count[0] < call:
+            break
+    assert call > 3 and path.read_text() == "new text"
+    ck.clean_temporary(tmp_path)
+    assert os.listdir(tmp_path) == ["status.json"]
+
+
+def test_an_error_in_each_call_leaves_nothing_temporary(tmp_path, monkeypatch):
+    """Not a crash but an error that the process survives: it cleans up by itself."""
+    save(tmp_path, 10)
+    for name in ("rename", "fsync"):
+        for call in (1, 2, 3, 4):
+            real, count = getattr(os, name), [0]
+
+            def fail(*args, real=real, count=count, call=call):
+                count[0] += 1
+                if count[0] == call:
+                    raise OSError(errno.EIO, "broken disk")
+                return real(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, fail)
+                try:
+                    save(tmp_path, 20, 0.5, 7)
+                except OSError as error:
+                    assert error.errno == errno.EIO
+            assert not [found for found in os.listdir(tmp_path) if not found.startswith("global_step")]
+            assert ck.newest_valid(tmp_path, pytest.fail) is not None
+            ck.set_aside_newer(tmp_path, 10, lambda _: None)
+            for path in tmp_path.glob("damaged-*"):
+                shutil.rmtree(path)
+
+
+def test_kill_9_at_random_moments(tmp_path):
+    """A child saves and prunes without end; wherever it dies, the newest valid checkpoint is at least the last one it reported."""
+    rng = random.Random(0)
+    for _ in range(12):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                step = 0
+                while True:
+                    step += 1
+                    path = save(tmp_path, step // 2, None if step % 2 else 0.5)
+                    ck.link(tmp_path, "best_model.pt", path)
+                    ck.prune(tmp_path, 2, keep=[path])
+                    os.write(writer, f"{step // 2}\n".encode())
+            finally:
+                os._exit(1)
+        time.sleep(rng.uniform(0.02, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            reported = pipe.read().split()
+        newest = ck.newest_valid(tmp_path, pytest.fail)
+        if reported:
+            assert ck._step(newest) in (int(reported[-1]), int(reported[-1]) + 1)
+        ck.clean_temporary(tmp_path)
+        assert ck.newest_valid(tmp_path, pytest.fail) is not None or not reported
+        assert len(ck.list_checkpoints(tmp_path)) <= 3
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+
+
+def test_clean_temporary_removes_files_and_folders_only_of_ours(tmp_path):
+    (tmp_path / ".tmp-global_step3.valid_loss=nan-1").mkdir()
+    (tmp_path / ".tmp-best_model.pt-9").write_text("x")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".tmp-mine").write_text("mine")
+    path = save(tmp_path, 1)
+    assert ck.clean_temporary(tmp_path) == 2
+    assert sorted(os.listdir(tmp_path)) == [".tmp-mine", path.name, "notes.txt"]
+    assert ck.clean_temporary(tmp_path / "missing") == 0
+
+
+# ---- a full disk --------------------------------------------------------------------------------------------------------
+
+
+def test_disk_full_at_each_write(tmp_path, monkeypatch):
+    old = content(save(tmp_path, 10))
+    real, call, failed = ck._HashingFile.write, 0, 0
+    while True:
+        call += 1
+        count = [0]
+
+        class Full:
+            def __init__(self, file, count=count, call=call):
+                self.file, self.count, self.call = file, count, call
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def write(self, data):
+                self.count[0] += 1
+                if self.count[0] >= self.call:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return self.file.write(data)
+
+        def write(self, data, full=Full):
+            if not hasattr(self, "wrapped"):
+                self._file, self.wrapped = full(self._file), True
+            return real(self, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ck._HashingFile, "write", write)
+            try:
+                save(tmp_path, 20)
+                break
+            except RunError as error:
+                failed += 1
+                assert "global_step20" in str(error) and "bytes needed" in str(error)
+        assert os.listdir(tmp_path) == [ck.checkpoint_name(10, None)]
+        assert content(ck.newest_valid(tmp_path)) == old
+    assert failed > 20
+
+
+def test_file_size_limit_in_a_child(tmp_path):
+    """A real limit of the system (EFBIG) at 20 sizes: saves, links and texts end with RunError and leave the old state."""
+    save(tmp_path, 10)
+    ck.write_text_atomic(tmp_path / "status.json", "old")
+    old = content(ck.newest_valid(tmp_path))
+    size = (tmp_path / ck.checkpoint_name(10, None) / ck.MODEL).stat().st_size
+    for limit in [size * n // 20 for n in range(20)]:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                try:
+                    save(tmp_path, 20)
+                except RunError:
+                    code = 0
+                try:
+                    ck.write_text_atomic(tmp_path / "status.json", "n" * (limit + 1))
+                    code = 2
+                except RunError as error:
+                    code += 0 if f"{limit + 1:,} bytes needed" in str(error) else 4
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert sorted(os.listdir(tmp_path)) == [ck.checkpoint_name(10, None), "status.json"]
+        assert content(ck.newest_valid(tmp_path)) == old and (tmp_path / "status.json").read_text() == "old"
+
+
+def test_an_interrupt_inside_a_write_is_raised_and_leaves_the_old_state(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    real = hashlib.sha256().__class__
+
+    class Interrupting:
+        def update(self, data):
+            raise KeyboardInterrupt
+
+        hexdigest = real.hexdigest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ck.hashlib, "sha256", Interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 20)
+    assert os.listdir(tmp_path) == [ck.checkpoint_name(10, None)]
+
+
+def test_model_pt_is_an_uncompressed_zip_of_data_records(tmp_path):
+    path = save(tmp_path, 1)
+    with zipfile.ZipFile(path / ck.MODEL) as archive:
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())

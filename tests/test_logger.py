@@ -1,0 +1,284 @@
+"""logger.py: train.log, TensorBoard, the console, full disks, memory."""
+
+import errno
+import io
+import json
+import os
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+import logger
+from logger import RunLogger, format_duration, format_table, read_train_log, train_text
+
+RECORD = {"global_step": 10, "loss": 0.5, "epoch": 1, "lr": 1e-3, "grad_norm": 0.25, "users_per_s": 1234.0, "data_wait": 0.031}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {tag: [(event.step, pytest.approx(event.value, rel=1e-6)) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+# ---- train.log ----------------------------------------------------------------------------------------------------------
+
+
+def test_train_lines_are_json_with_the_promised_keys(tmp_path):
+    log = RunLogger(tmp_path, None, console=False)
+    log.train_line(RECORD | {"extra": np.float32(0.5)})
+    log.train_line({"global_step": 20, "loss": torch.tensor(float("nan")), "epoch": 2})
+    first, second = lines(tmp_path / "train.log")  # readable before close: a killed run loses no line
+    assert list(first)[:4] == ["global_step", "loss", "epoch", "time"]
+    assert {key: first[key] for key in RECORD} == RECORD and first["extra"] == 0.5 and first["time"] > 1.7e9 and first["rss_gib"] > 0
+    assert second["loss"] is None and second["global_step"] == 20
+    log.close()
+    log.close()
+
+
+def test_eval_line_names_its_split_and_keeps_loss_for_training(tmp_path):
+    log = RunLogger(tmp_path, None, console=False)
+    log.eval_line(30, 1, "valid", {"loss": 2.0, "hr@10": 0.125})
+    (line,) = lines(tmp_path / "train.log")
+    del line["time"]
+    assert line == {"global_step": 30, "epoch": 1, "split": "valid", "valid_loss": 2.0, "hr@10": 0.125}
+
+
+@pytest.mark.parametrize(("tail", "kept"), [('{"global_step": 2, "lo', 1), ('{"global_step": 2, "loss": 1.0}', 2), ("", 1)])
+def test_a_cut_last_line_is_mended_and_appended_to(tmp_path, tail, kept):
+    path = tmp_path / "train.log"
+    path.write_text('{"global_step": 1, "loss": 2.0}\n' + tail)
+    out = io.StringIO()
+    log = RunLogger(tmp_path, None, stream=out)
+    log.train_line({"global_step": 3, "loss": 0.5, "epoch": 1})
+    assert [line["global_step"] for line in lines(path)] == [1, 2, 3][:kept] + [3] * (kept < 3)
+    assert ("cut an unfinished last line of 22 bytes" in out.getvalue()) == (kept == 1 and bool(tail))
+
+
+def test_read_train_log_gives_one_history(tmp_path):
+    path = tmp_path / "train.log"
+    rows = [{"global_step": 10}, {"global_step": 20}, {"global_step": 20, "split": "valid"}, {"global_step": 30}, {"global_step": 40}]
+    rows += [{"global_step": 20, "split": "valid", "again": 1}, {"global_step": 30, "again": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '[1]\nhalf {\n{"no": "step"}\n')
+    assert read_train_log(path) == [rows[0], rows[1], rows[5], rows[6]]
+
+
+# ---- TensorBoard --------------------------------------------------------------------------------------------------------
+
+
+def test_scalars_have_the_promised_tags(tmp_path):
+    log = RunLogger(None, tmp_path, console=False)
+    log.train_line(RECORD | {"rss_gib": 1.5})
+    log.eval_line(10, 1, "valid", {"loss": 2.0, "hr@10": 0.25, "ndcg@10": 0.125, "score": 0.5})
+    log.eval_line(10, 1, "test", {"hr@10": 0.75})
+    log.close()
+    expected = {
+        "Loss/train": 0.5, "train/lr": 1e-3, "train/grad_norm": 0.25,
+        "perf/users_per_s": 1234.0, "perf/data_wait": 0.031, "mem/rss_gib": 1.5,
+        "Loss/valid": 2.0, "eval/hr@10": 0.25, "eval/ndcg@10": 0.125, "eval/score": 0.5, "test/hr@10": 0.75,
+    }  # fmt: skip
+    found = scalars(tmp_path)
+    assert [step for step, _ in found.pop("time")] == [10]
+    assert found == {tag: [(10, value)] for tag, value in expected.items()}
+
+
+def test_a_resumed_run_purges_what_the_killed_one_wrote_after_its_checkpoint(tmp_path):
+    first = RunLogger(None, tmp_path, console=False)
+    for step in (10, 20, 30, 40):
+        first.train_line({"global_step": step, "loss": 1.0})
+    first.close()
+    second = RunLogger(None, tmp_path, console=False, resume_step=20)
+    second.train_line({"global_step": 30, "loss": 0.5})
+    second.close()
+    assert scalars(tmp_path)["Loss/train"] == [(10, 1.0), (20, 1.0), (30, 0.5)]
+
+
+def test_tensorboard_is_imported_only_when_used(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    RunLogger(None, None, console=False).train_line(RECORD)
+    out = io.StringIO()
+    log = RunLogger(tmp_path, tmp_path, stream=out)
+    log.train_line(RECORD)
+    log.train_line(RECORD)
+    assert out.getvalue().count("no TensorBoard") == 1 and len(lines(tmp_path / "train.log")) == 2
+
+
+# ---- a full disk --------------------------------------------------------------------------------------------------------
+
+
+def test_train_log_on_a_full_disk_ends_with_one_warning_and_whole_lines(tmp_path):
+    out = io.StringIO()
+    log = RunLogger(tmp_path, None, stream=out)
+    log.train_line(RECORD)
+    real = log._file
+
+    class Full:
+        name, room = real.name, 7
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.room -= real.write(data[: self.room])
+            return 7
+
+        def __getattr__(self, key):
+            return getattr(real, key)
+
+    log._file = Full()
+    for _ in range(3):
+        log.train_line(RECORD)
+    assert len(lines(tmp_path / "train.log")) == 1
+    assert out.getvalue().count("train.log ends here") == 1 and "no space left" in out.getvalue()
+    assert out.getvalue().count("step 10") == 4  # the console goes on
+
+
+def test_a_file_size_limit_ends_the_logs_and_not_the_run(tmp_path):
+    """A real limit of the system, in a child: train.log and TensorBoard both give up, each with one warning."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+            out = io.StringIO()
+            log = RunLogger(tmp_path, tmp_path / "tb", stream=out)
+            for step in range(200):
+                log.train_line(RECORD | {"global_step": step})
+                log.flush()
+            log.close()
+            text = out.getvalue()
+            counts = [text.count(part) for part in ("train.log ends here", "TensorBoard ends here", "step ")]
+            code = 0 if counts == [1, 1, 200] else 3
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert 0 < len(lines(tmp_path / "train.log")) < 200
+
+
+def test_a_log_that_cannot_be_opened_warns_and_goes_on(tmp_path):
+    (tmp_path / "train.log").mkdir()
+    out = io.StringIO()
+    RunLogger(tmp_path, None, stream=out).train_line(RECORD)
+    assert "train.log ends here" in out.getvalue() and "step 10" in out.getvalue()
+
+
+def test_a_closed_console_does_not_stop_the_run(tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "closed")
+
+    log = RunLogger(tmp_path, None, stream=Closed())
+    log.train_line(RECORD)
+    log.train_line(RECORD)
+    assert len(lines(tmp_path / "train.log")) == 2
+
+
+# ---- console ------------------------------------------------------------------------------------------------------------
+
+
+def test_train_text():
+    text = train_text(RECORD | {"rss_gib": 1.5}, 6000, 3725)
+    assert text == "step 10/6,000  epoch 1  loss 0.5000  lr 1.00e-03  grad 0.25  1,234 users/s  wait 3 %  mem 1.50 GiB  left 1:02:05"
+    assert train_text({"global_step": 1, "loss": None}) == "step 1"
+
+
+def test_time_left_comes_from_the_speed_so_far(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(logger.time, "monotonic", lambda: clock[0])
+    out = io.StringIO()
+    log = RunLogger(None, None, stream=out, total_steps=100)
+    log.train_line({"global_step": 40, "loss": 1.0})  # a resumed run: its first steps say nothing
+    clock[0] = 110.0
+    log.train_line({"global_step": 60, "loss": 1.0})
+    first, second = out.getvalue().splitlines()
+    assert "left" not in first and second.endswith("left 0:00:20")
+
+
+def test_format_duration():
+    given = {0: "0:00:00", 59.9: "0:00:59", 3600: "1:00:00", 360_061: "100:01:01", -5: "0:00:00"}
+    assert {seconds: format_duration(seconds) for seconds in given} == given
+
+
+def test_format_table_aligns_numbers_right_and_text_left():
+    rows = [("users", 12345, 0.5), ("items of the set", 7, None), ("x", 0, 1e-7)]
+    assert format_table(rows, ("name", "count", "share")) == [
+        "name               count   share",
+        "----------------  ------  ------",
+        "users             12,345  0.5000",
+        "items of the set       7",
+        "x                      0   1e-07",
+    ]
+    assert format_table([]) == []
+    assert format_table([("a", True)]) == ["a  true"]
+
+
+def test_eval_table_shows_the_change_to_the_best():
+    out = io.StringIO()
+    log = RunLogger(None, None, stream=out)
+    metrics = {"loss": 1.0, "hr@10": 0.11, "num_users": 50, "name": "x"}
+    log.eval_line(1200, 2, "valid", metrics, {"loss": 2.0, "hr@10": 0.10, "num_users": 50})
+    text = out.getvalue()
+    assert "evaluation on valid, step 1,200, epoch 2" in text and "+0.0100 (+10.0 %)" in text and "-1.0000 (-50.0 %)" in text
+    assert "name" not in text and text.count("+") == 2 and "\033" not in text
+
+
+def test_color_only_on_a_terminal_and_not_under_no_color(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for stream, no_color, colored in ((Terminal(), "", True), (Terminal(), "1", False), (io.StringIO(), "", False)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        log = RunLogger(None, None, stream=stream)
+        log.banner("title", [("device", "cpu"), ("threads", 2)])
+        log.eval_line(1, 1, "valid", {"loss": 1.0}, {"loss": 2.0})
+        assert ("\033[" in stream.getvalue()) == colored
+        assert "  device   cpu\n  threads  2\n" in stream.getvalue()
+
+
+def test_a_bar_on_a_terminal_and_lines_elsewhere():
+    pytest.importorskip("tqdm")
+    out = Terminal()
+    log = RunLogger(None, None, stream=out, total_steps=100)
+    for step in (10, 20):
+        log.train_line(RECORD | {"global_step": step})
+    log.say("between")
+    log.close()
+    assert "\r" in out.getvalue() and "step 20/100" in out.getvalue() and " 20 % |" in out.getvalue() and "between\n" in out.getvalue()
+    plain = io.StringIO()
+    log = RunLogger(None, None, stream=plain, total_steps=100)
+    log.train_line(RECORD)
+    assert "\r" not in plain.getvalue() and plain.getvalue().startswith("step 10/100") and plain.getvalue().count("\n") == 1
+
+
+def test_silence_and_single_warnings():
+    out = io.StringIO()
+    log = RunLogger(None, None, stream=out)
+    for text in ("a", "b", "a"):
+        log.warn_once(text)
+    assert out.getvalue() == "warning: a\nwarning: b\n"
+    quiet = io.StringIO()
+    log = RunLogger(None, None, console=False, stream=quiet)
+    log.say("x")
+    log.warn_once("y")
+    log.table([(1, 2)], title="t")
+    assert quiet.getvalue() == ""
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_follows_an_allocation():
+    before = logger.rss_gib()
+    block = np.ones(1 << 25)  # 0.25 GiB
+    assert 0.2 < logger.rss_gib() - before < 0.4
+    del block
+    assert logger.peak_rss_gib() >= before + 0.2

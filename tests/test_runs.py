@@ -1,0 +1,351 @@
+"""runs.py: names, whose folder it is, resuming, status, start files, the environment."""
+
+import getpass
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import checkpoint as ck
+import runs
+from errors import RunError, UserError
+
+NOW = datetime(2026, 5, 4, 3, 2, 1)
+LATER = datetime(2026, 5, 4, 4, 0, 0)
+
+
+def paths(log: object = "", tensorboard: object = "", checkpoint: object = "") -> SimpleNamespace:
+    return SimpleNamespace(log_path=str(log), tensorboard_path=str(tensorboard), checkpoint_path=str(checkpoint))
+
+
+def save(root: Path, step: int, loss: float | None = None) -> Path:
+    return ck.save_checkpoint(root, step=step, valid_loss=loss, model_state={"a": torch.full((4,), float(step))}, trainer_state={}, meta={})
+
+
+def folders(run: runs.RunPaths) -> list[Path]:
+    return [run.log_dir, run.tensorboard_dir, run.checkpoint_dir]
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """prepare_run inside tmp_path; its messages are in `prepare.lines`. Every lock is freed, as if the process had ended."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(given=None, **options):
+        call.lines.clear()
+        run = runs.prepare_run(given or paths(), now=options.pop("now", NOW), log=call.lines.append, **options)
+        if run.lock is not None:
+            run.lock.close()
+        return run
+
+    call.lines = []
+    return call
+
+
+# ---- names --------------------------------------------------------------------------------------------------------------
+
+
+def test_default_names_are_one_name_under_three_folders(prepare):
+    run = prepare(run_name="big model!")
+    name = "20260504-030201-big_model"
+    assert run.name == name and run.resume_from is None and not run.continued
+    assert folders(run) == [Path("logs") / name, Path("tb_logs") / name, Path("checkpoints") / name]
+    assert all(folder.is_dir() for folder in folders(run))
+    assert prepare().name == "20260504-030201-run"
+    assert prepare().name == "20260504-030201-run-2"  # two runs in one second
+
+
+def test_given_paths_are_used_exactly_and_may_exist_empty(prepare, tmp_path):
+    """As on the platform: every folder is there and empty."""
+    given = [tmp_path / "a", tmp_path / "b" / "c", tmp_path / "d"]
+    given[0].mkdir()
+    given[2].mkdir()
+    run = prepare(paths(*given))
+    assert folders(run) == given and run.name == "a"
+    assert prepare.lines == [] and sorted(os.listdir(tmp_path)) == ["a", "b", "d"]
+    status = json.loads((given[0] / "status.json").read_text())
+    assert status["state"] == "running" and status["step"] == 0 and status["checkpoint_path"] == str(given[2])
+
+
+def test_log_path_alone_gives_its_name_to_the_rest(prepare, tmp_path):
+    first, second = prepare(paths(tmp_path / "x" / "log")), prepare(paths(tmp_path / "y" / "log"))
+    assert first.checkpoint_dir == Path("checkpoints/log") and second.checkpoint_dir == Path("checkpoints/log-2")
+    assert second.tensorboard_dir == Path("tb_logs/log-2") and second.log_dir == tmp_path / "y" / "log"
+
+
+def test_folders_that_cannot_be_made(prepare, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for key, given in (("log_path", paths(tmp_path / "file")), ("checkpoint_path", paths(checkpoint=tmp_path / "file" / "x"))):
+        with pytest.raises(UserError, match=f"{key}: .*file"):
+            prepare(given)
+
+
+# ---- whose folder -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trace", ["status.json", "train.log", "checkpoint"])
+def test_another_runs_folder_is_refused_with_both_remedies(prepare, tmp_path, trace):
+    given = paths(tmp_path / "log", tmp_path / "tb", tmp_path / "ck")
+    if trace == "checkpoint":
+        save(tmp_path / "ck", 3)
+    else:
+        (tmp_path / "log").mkdir()
+        (tmp_path / "log" / trace).write_text('{"state": "finished"}')
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    with pytest.raises(UserError) as error:
+        prepare(given)
+    assert "--resume" in str(error.value) and "--overwrite" in str(error.value) and str(tmp_path) in str(error.value)
+    assert before == sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
+    assert prepare(given, overwrite=True).resume_from is None
+    assert json.loads((tmp_path / "log" / "status.json").read_text())["state"] == "running"
+
+
+def test_overwrite_removes_the_runs_files_and_no_others(prepare, tmp_path):
+    run = prepare(paths(tmp_path / "log"))
+    ck.link(run.checkpoint_dir, "best_model.pt", save(run.checkpoint_dir, 5))
+    ck.link(run.checkpoint_dir, "checkpoint_epoch_1.pt", save(run.checkpoint_dir, 6))
+    for name in ("train.log", "notes.md"):
+        (run.log_dir / name).write_text("x")
+    (run.checkpoint_dir / "mine.pt").write_text("x")
+    (run.tensorboard_dir / "events.out.tfevents.1.x.0").write_text("x")
+    again = prepare(paths(tmp_path / "log"), overwrite=True)
+    assert again.checkpoint_dir == run.checkpoint_dir  # found through status.json, not a second folder beside it
+    assert sorted(os.listdir(run.log_dir)) == [".lock", "notes.md", "status.json"]
+    assert os.listdir(run.checkpoint_dir) == ["mine.pt"] and os.listdir(run.tensorboard_dir) == []
+    with pytest.raises(UserError, match="--overwrite starts anew and --resume goes on"):
+        prepare(overwrite=True, resume=True)
+
+
+# ---- resume -------------------------------------------------------------------------------------------------------------
+
+
+def test_resume_without_a_run_starts_anew_and_says_so(prepare, tmp_path):
+    run = prepare(resume=True)
+    assert run.resume_from is None and run.log_dir == Path("logs/20260504-030201-run")
+    assert "starting anew" in " ".join(prepare.lines)
+    assert prepare(paths(tmp_path / "l", tmp_path / "t", tmp_path / "c"), resume=True).resume_from is None
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "interrupted"])
+def test_resume_takes_the_newest_unfinished_run(prepare, state):
+    first, second, third = prepare(run_name="a"), prepare(run_name="b"), prepare(run_name="c")
+    for time, (run, its_state) in enumerate(((first, "failed"), (second, state), (third, "finished"))):
+        save(run.checkpoint_dir, 10)
+        save(run.checkpoint_dir, 20)
+        runs.write_status(run.log_dir, its_state, 20, "because")
+        os.utime(run.log_dir / "status.json", (time, time))
+    resumed = prepare(resume=True, now=LATER)
+    assert folders(resumed) == folders(second)
+    assert resumed.resume_from == second.checkpoint_dir / "global_step20.valid_loss=nan" and resumed.continued
+    assert runs.read_status(second.log_dir)["state"] == "running" and runs.read_status(second.log_dir)["step"] == 20
+    assert sorted(os.listdir("logs")) == sorted(run.name for run in (first, second, third))
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_sets_it_aside(prepare):
+    run = prepare()
+    old, new = save(run.checkpoint_dir, 10), save(run.checkpoint_dir, 20)
+    os.truncate(new / "model.pt", 5)
+    (run.checkpoint_dir / ".tmp-global_step30.valid_loss=nan-1").mkdir()
+    resumed = prepare(resume=True)
+    assert resumed.resume_from == old
+    text = "\n".join(prepare.lines)
+    assert "damaged checkpoint passed over" in text and "global_step20" in text and "set aside" in text
+    assert sorted(os.listdir(run.checkpoint_dir)) == ["damaged-" + new.name, old.name]
+
+
+def test_resume_without_a_valid_checkpoint_starts_in_a_new_folder(prepare):
+    run = prepare()
+    (run.log_dir / "train.log").write_text("{}\n")
+    resumed = prepare(resume=True, now=LATER)
+    assert resumed.resume_from is None and resumed.log_dir != run.log_dir and not resumed.continued
+    assert "no valid checkpoint" in prepare.lines[0]
+
+
+def test_resume_with_given_paths(prepare, tmp_path):
+    given = paths(tmp_path / "l", tmp_path / "t", tmp_path / "c")
+    prepare(given)
+    assert prepare(given, resume=True).resume_from is None  # killed before the first checkpoint: the same folder, from the start
+    path = save(tmp_path / "c", 7)
+    assert prepare(given, resume=True).resume_from == path
+    shutil.rmtree(tmp_path / "l")  # the logs were lost, the checkpoints not
+    assert prepare(given, resume=True).resume_from == path
+
+
+def test_resume_with_log_path_alone_finds_the_checkpoints_it_noted(prepare, tmp_path):
+    run = prepare(paths(tmp_path / "log", checkpoint=tmp_path / "elsewhere"))
+    path = save(run.checkpoint_dir, 4)
+    assert prepare(paths(tmp_path / "log"), resume=True).resume_from == path
+
+
+def test_resume_of_a_finished_run_at_log_path_goes_on_from_its_end(prepare, tmp_path):
+    given = paths(tmp_path / "log", tmp_path / "tb", tmp_path / "ck")
+    run = prepare(given)
+    runs.write_status(run.log_dir, "finished", 9)
+    with pytest.raises(UserError, match="finished and has no valid checkpoint"):
+        prepare(given, resume=True)
+    path = save(tmp_path / "ck", 9)
+    assert prepare(given, resume=True).resume_from == path
+    assert "is finished" in " ".join(prepare.lines)
+
+
+def test_resume_with_checkpoint_path_takes_the_run_that_noted_it(prepare, tmp_path):
+    mine = prepare(paths(checkpoint=tmp_path / "c"), run_name="mine")
+    other = prepare(run_name="other")
+    path = save(tmp_path / "c", 2)
+    save(other.checkpoint_dir, 3)
+    resumed = prepare(paths(checkpoint=tmp_path / "c"), resume=True)
+    assert resumed.log_dir == mine.log_dir and resumed.resume_from == path
+
+
+def test_a_run_that_was_moved_is_resumed(prepare, tmp_path, monkeypatch):
+    run = prepare()
+    save(run.checkpoint_dir, 6)
+    (tmp_path / "new").mkdir()
+    for name in ("logs", "tb_logs", "checkpoints"):
+        shutil.move(name, tmp_path / "new" / name)
+    monkeypatch.chdir(tmp_path / "new")
+    assert prepare(resume=True).resume_from == run.checkpoint_dir / "global_step6.valid_loss=nan"
+
+
+def test_a_damaged_status_counts_as_unfinished(prepare):
+    run = prepare()
+    path = save(run.checkpoint_dir, 6)
+    for text in ("{half", "[]", '{"state": "odd"}', ""):
+        (run.log_dir / "status.json").write_text(text)
+        assert prepare(resume=True).resume_from == path
+
+
+# ---- resume_path --------------------------------------------------------------------------------------------------------
+
+
+def test_resume_path_forms(prepare, tmp_path):
+    run = prepare()
+    save(run.checkpoint_dir, 6)
+    path = save(run.checkpoint_dir, 8)
+    link = ck.link(run.checkpoint_dir, "best_model.pt", path)
+    runs.write_status(run.log_dir, "finished", 8)
+    for given in (run.log_dir, run.checkpoint_dir, path, path / "model.pt", link):
+        resumed = prepare(resume_path=given, now=LATER)
+        assert folders(resumed) == folders(run) and resumed.resume_from == path and resumed.continued
+
+
+def test_resume_path_of_an_older_checkpoint_makes_a_new_run(prepare, tmp_path):
+    run = prepare()
+    old, new = save(run.checkpoint_dir, 6), save(run.checkpoint_dir, 8)
+    branch = prepare(resume_path=old, now=LATER)
+    assert branch.resume_from == old and branch.log_dir != run.log_dir and branch.checkpoint_dir != run.checkpoint_dir
+    assert ck.list_checkpoints(run.checkpoint_dir) == [old, new] and "a new run" in prepare.lines[0]
+    with pytest.raises(UserError, match="not the newest checkpoint"):
+        prepare(paths(run.log_dir, "", run.checkpoint_dir), resume_path=old)
+    os.truncate(new / "model.pt", 5)  # now the older one is the newest valid one
+    assert prepare(resume_path=old, now=LATER).log_dir == run.log_dir
+
+
+def test_resume_path_of_a_run_into_other_folders(prepare, tmp_path):
+    run = prepare()
+    path = save(run.checkpoint_dir, 6)
+    moved = prepare(paths(tmp_path / "l", tmp_path / "t", tmp_path / "c"), resume_path=path)
+    assert moved.log_dir == tmp_path / "l" and moved.resume_from == path and not moved.continued
+
+
+def test_resume_path_mistakes(prepare, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        prepare(resume_path=tmp_path / "nothing")
+    run = prepare()
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        prepare(resume_path=run.log_dir)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        prepare(resume_path=tmp_path)
+
+
+# ---- a living run -------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+sys.path.insert(0, {root!r})
+from types import SimpleNamespace
+import runs
+run = runs.prepare_run(SimpleNamespace(log_path={log!r}, tensorboard_path="", checkpoint_path=""))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_living_run_is_neither_resumed_nor_overwritten_and_a_killed_one_is(prepare, tmp_path):
+    code = HOLD.format(root=str(Path(runs.__file__).parent), log=str(tmp_path / "logs" / "alive"))
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline().strip() == "ready"
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(UserError, match=rf"a run is going on there \(process {child.pid}\)"):
+                prepare(paths(tmp_path / "logs" / "alive"), **options)
+        assert runs.unfinished_runs() == []
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert runs.unfinished_runs() == [Path("logs/alive")]
+    path = save(tmp_path / "checkpoints" / "alive", 3)
+    assert prepare(resume=True).resume_from.resolve() == path
+
+
+# ---- evaluation folders -------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_have_folders_of_their_own_and_are_never_resumed(prepare, tmp_path):
+    run = prepare(paths(tmp_path / "log"))
+    runs.write_status(run.log_dir, "finished", 4)
+    first = runs.prepare_eval(paths(tmp_path / "log"), now=NOW)
+    assert first.log_dir == tmp_path / "log" / "eval-20260504-030201"
+    assert runs.prepare_eval(paths(tmp_path / "log"), now=NOW).log_dir.name == "eval-20260504-030201-2"
+    free = runs.prepare_eval(paths(), now=NOW)
+    assert free.log_dir == Path("logs/20260504-030201-eval")
+    runs.write_status(free.log_dir, "failed", 0, "x")
+    assert runs.read_status(free.log_dir)["kind"] == "eval" and runs.unfinished_runs() == []
+
+
+# ---- status and start files ---------------------------------------------------------------------------------------------
+
+
+def test_write_status(tmp_path, monkeypatch):
+    assert runs.read_status(tmp_path) == {}
+    assert runs.write_status(tmp_path, "running", 0, checkpoint_path="/x")
+    assert runs.write_status(tmp_path, "interrupted", 12, "SIGTERM")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"], status["reason"], status["checkpoint_path"]) == ("interrupted", 12, "SIGTERM", "/x")
+    with pytest.raises(ValueError, match="state is 'done'"):
+        runs.write_status(tmp_path, "done", 1)
+
+    def full(path, text):
+        raise RunError("full")
+
+    monkeypatch.setattr(runs, "write_text_atomic", full)
+    assert not runs.write_status(tmp_path, "finished", 13)
+    assert runs.read_status(tmp_path)["state"] == "interrupted"
+
+
+def test_a_full_disk_at_the_start_is_an_error(prepare, monkeypatch):
+    monkeypatch.setattr(runs, "write_text_atomic", lambda path, text: (_ for _ in ()).throw(RunError("full")))
+    with pytest.raises(RunError, match="no space left"):
+        prepare()
+
+
+def test_start_files_and_environment(tmp_path):
+    environment = runs.environment()
+    runs.write_start_files(tmp_path, "model: {}\n", ["main.py", "--run_name", "a b"], environment)
+    runs.write_start_files(tmp_path, "model: {x: 1}\n", ["main.py", "--resume"], environment)
+    assert (tmp_path / "config.resolved.yaml").read_text() == "model: {x: 1}\n"
+    assert (tmp_path / "command.txt").read_text() == "main.py --run_name 'a b'\nmain.py --resume\n"
+    read = json.loads((tmp_path / "environment.json").read_text())
+    assert read["torch"] == torch.__version__ and read["cpus"] >= 1 and read["threads"] >= 1 and read["memory_gib"] > 0
+    text = json.dumps(read)
+    assert socket.gethostname() not in text and getpass.getuser() not in text.replace("root", "") and str(Path.home()) + "/" not in text
+    assert sorted(os.listdir(tmp_path)) == ["command.txt", "config.resolved.yaml", "environment.json"]
