@@ -1,0 +1,162 @@
+"""Layers of sequence models on packed tokens: attention, feed-forward, Transformer blocks, time features.
+
+Dense parts run on valid tokens only (N, D); attention alone pads on the right, to the batch's longest row. No mask tensor
+is ever built: right padding and the causal flag suffice, so the flash kernels run. Must not open files or move tensors between devices.
+
+Legend: B users, T tokens of the longest user, N valid tokens of all users, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Packing(NamedTuple):
+    """Where packed tokens lie in a right-padded (B, T) grid."""
+
+    num_users: int
+    max_length: int
+    index: Tensor  # (N,) int64 flat place b * T + t
+    positions: Tensor  # (N,) int64 t
+
+    @classmethod
+    def from_batch(cls, batch) -> Packing:
+        return cls(batch.lengths.shape[0], batch.max_length, batch.owner * batch.max_length + batch.positions, batch.positions)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(N, D) -> (B, T, D), zeros in the padding."""
+        if packed.shape[0] == self.num_users * self.max_length:
+            return packed.view(self.num_users, self.max_length, -1)
+        grid = packed.new_zeros(self.num_users * self.max_length, packed.shape[1])
+        return grid.index_copy(0, self.index, packed).view(self.num_users, self.max_length, -1)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(B, T, D) -> (N, D)."""
+        flat = padded.reshape(self.num_users * self.max_length, -1)
+        return flat if flat.shape[0] == self.index.shape[0] else flat.index_select(0, self.index)
+
+
+def rotary(positions: Tensor, head_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (N, 1, head_width / 2) of rotary position embedding. Source: Su et al., RoFormer, 2021, equation 34."""
+    frequency = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
+    angle = positions[:, None, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate pairs (i, i + width / 2) of x (N, H, width) by their angles."""
+    cos, sin = (part.to(x.dtype) for part in cos_sin)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal attention over right-padded rows through scaled_dot_product_attention."""
+
+    def __init__(self, width: int, num_heads: int, attention_dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.attention_dropout = num_heads, attention_dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, packing: Packing, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
+        num, width = x.shape
+        heads = self.qkv(x).view(num, 3, self.num_heads, width // self.num_heads)  # (N, 3, H, D / H)
+        if cos_sin is not None:
+            # queries and keys rotate together: one call on 2 H heads
+            turned = rotate(heads[:, :2].flatten(1, 2), cos_sin).view(num, 2, self.num_heads, -1)
+            heads = torch.cat((turned, heads[:, 2:]), dim=1)
+        grid = packing.pad(heads.reshape(num, 3 * width)).view(packing.num_users, packing.max_length, 3, self.num_heads, -1)
+        query, key, value = grid.permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+        return self.out(packing.pack(mixed.transpose(1, 2).reshape(packing.num_users, packing.max_length, width)))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU or ReLU between them, or SwiGLU (Shazeer 2020) at the same number of parameters."""
+
+    def __init__(self, width: int, multiplier: float, activation: str, dropout_rate: float) -> None:
+        super().__init__()
+        self.activation = activation
+        inner = max(1, round(width * multiplier * (2 / 3 if activation == "swiglu" else 1)))
+        self.inner = nn.Linear(width, inner * (2 if activation == "swiglu" else 1))
+        self.out = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        if self.activation == "swiglu":
+            value, gate = hidden.chunk(2, dim=-1)
+            hidden = value * F.silu(gate)
+        else:
+            hidden = F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden)
+        return self.out(self.dropout(hidden))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward with residual branches, normalised before (pre-norm) or after each (post-norm)."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        width = config.hidden_units
+        self.norm_first = config.norm_first
+        self.attention = CausalSelfAttention(width, config.num_heads, config.attention_dropout)
+        self.feed_forward = FeedForward(width, config.ffn_multiplier, config.activation, config.dropout_rate)
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor, packing: Packing, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
+        if self.norm_first:
+            x = x + self.dropout(self.attention(self.attention_norm(x), packing, cos_sin))
+            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, packing, cos_sin)))
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+
+
+class Transformer(nn.Module):
+    """A stack of causal blocks on packed tokens, (N, D) -> (N, D)."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_blocks))
+        self.final_norm = nn.LayerNorm(config.hidden_units) if config.norm_first else nn.Identity()
+        self.rotary_width = config.hidden_units // config.num_heads if config.position == "rope" else 0
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        cos_sin = rotary(packing.positions, self.rotary_width) if self.rotary_width else None
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # The state of the generators is kept by checkpoint, so that dropout repeats itself in the second forward.
+                x = checkpoint(block, x, packing, cos_sin, use_reentrant=False)
+            else:
+                x = block(x, packing, cos_sin)
+        return self.final_norm(x)
+
+
+GAP_BUCKETS, HOURS, WEEKDAYS = 32, 24, 7
+
+
+class TimeFeatures(nn.Module):
+    """Vectors for the gap since the previous event (log2 buckets of seconds), the hour and the weekday of an event, summed."""
+
+    def __init__(self, width: int, init_std: float) -> None:
+        super().__init__()
+        self.gap, self.hour, self.weekday = (nn.Embedding(size, width) for size in (GAP_BUCKETS, HOURS, WEEKDAYS))
+        for table in (self.gap, self.hour, self.weekday):
+            nn.init.normal_(table.weight, std=init_std)
+
+    def forward(self, timestamps: Tensor, positions: Tensor) -> Tensor:
+        """timestamps: (N,) seconds since 1970, 0 at user tokens; positions: (N,), 0 = user token. Result (N, D), zeros at user tokens."""
+        gap = torch.zeros_like(timestamps)
+        gap[1:] = timestamps[1:] - timestamps[:-1]
+        gap = torch.where(positions > 1, gap.clamp(min=0), 0)  # a window's first event has no gap that is known
+        bucket = torch.log2(gap.double() + 1).long().clamp(max=GAP_BUCKETS - 1)
+        hour, weekday = timestamps // 3600 % HOURS, timestamps // 86_400 % WEEKDAYS
+        return (self.gap(bucket) + self.hour(hour) + self.weekday(weekday)) * (positions > 0)[:, None]

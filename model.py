@@ -1,0 +1,129 @@
+"""The recommender: unique items -> item vectors, sequences of them -> query vectors. Receives tensors, gives tensors.
+
+Opens no file, reads no environment, moves nothing between devices, computes no metric and no loss.
+
+Legend: B users, N packed tokens, M unique items, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataset import Batch
+from embedding import JointTable, RowProjection
+from features import Dense, FeatureInputs, SideInputs, TableLayout
+from layers import Packing, TimeFeatures, Transformer
+from schema import NUM_ACTION_TYPES
+
+ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
+
+
+class ItemVectors(NamedTuple):
+    """One encoding of M items, seen from both sides."""
+
+    history: Tensor  # (M, D) as inputs of the sequence
+    candidate: Tensor  # (M, D) as answers, float32; normalised where similarity is cosine
+
+
+class DenseProjection(nn.Module):
+    """Projects a multimodal vector; where an item has none, a learnt vector stands in.
+
+    The input is scaled to a root mean square of 1: published vectors differ in norm by orders of magnitude.
+    """
+
+    def __init__(self, input_width: int, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(input_width, width)
+        self.missing = nn.Parameter(torch.zeros(width))
+
+    def forward(self, dense: Dense) -> Tensor:
+        values = dense.values.float()
+        values = values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + 1e-6)
+        return torch.where(dense.present[:, None], self.projection(values), self.missing)
+
+
+class Recommender(nn.Module):
+    """Item tower, user token and causal sequence encoder over one joint table.
+
+    config: the model group of the settings. layout: fields of the joint table. embedding_widths: {feature id: width} of the
+    multimodal features in use. has_time: whether the data's timestamps are times.
+    """
+
+    def __init__(self, config, layout: TableLayout, embedding_widths: dict[str, int], has_time: bool) -> None:
+        super().__init__()
+        width = config.hidden_units
+        table_width = config.embedding_dim or width
+        self.config = config
+        project = config.item_tower == "linear"
+        self.table = JointTable(layout.num_rows, table_width, config.init_std)
+        self.item_projection = RowProjection(layout.side("item"), table_width, width, project)
+        self.user_projection = RowProjection(layout.side("user"), table_width, width, project)
+        self.item_bias = nn.Parameter(torch.zeros(width)) if project else None
+        self.dense = nn.ModuleDict({name: DenseProjection(size, width) for name, size in embedding_widths.items()})
+        self.user_token = nn.Parameter(torch.empty(width).normal_(0.0, config.init_std))
+        self.actions = nn.Embedding(NUM_ACTION_TYPES + 1, width) if config.action_embedding else None
+        self.positions = nn.Embedding(config.max_seq_length + 1, width) if config.position == "learned" else None
+        self.time = TimeFeatures(width, config.init_std) if config.time_features and has_time else None
+        self.embedding_norm = nn.LayerNorm(width) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.backbone = Transformer(config)
+        self._initialise(config)
+
+    def _initialise(self, config) -> None:
+        """Linear layers: normal of variance 1 / fan-in, and the layers that end a residual branch smaller by sqrt(2 blocks); the rest init_std."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                if name.endswith(".out"):
+                    std /= (2 * config.num_blocks) ** 0.5
+                nn.init.normal_(module.weight, std=std)
+                nn.init.zeros_(module.bias)
+        for module in self.dense.values():
+            # The projected vector starts at the scale of the ids' vectors, so that neither drowns the other.
+            nn.init.normal_(module.projection.weight, std=config.init_std * module.projection.in_features**-0.5)
+        for table in (self.actions, self.positions):
+            if table is not None:
+                nn.init.normal_(table.weight, std=config.init_std)
+
+    def encode_items(self, inputs: SideInputs) -> ItemVectors:
+        """Vectors of M unique items."""
+        vectors = self.item_projection(self.table.lookup(inputs.rows), inputs)  # (M, D)
+        for projection, dense in zip(self.dense.values(), inputs.dense):
+            vectors = vectors + projection(dense)
+        if self.item_bias is not None:
+            vectors = vectors + self.item_bias
+        activation = ACTIVATIONS[self.config.item_activation]
+        history = activation(vectors)
+        candidate = (history if self.config.candidate_activation else vectors).float()
+        return ItemVectors(history, F.normalize(candidate, dim=-1) if self.config.similarity == "cosine" else candidate)
+
+    def encode_sequence(self, history: Tensor, batch: Batch, users: SideInputs) -> Tensor:
+        """Query vectors (N, D), float32, one a token; normalised where similarity is cosine.
+
+        history: (M, D) vectors of the batch's unique items.
+        """
+        packing = Packing.from_batch(batch)
+        x = history.index_select(0, batch.item_index)  # (N, D)
+        is_user = (packing.positions == 0)[:, None]
+        user = self.user_token.expand(batch.users.shape[0], -1)
+        if users.segments[-1] > 1 or self.user_projection.num_single:
+            user = user + self.user_projection(self.table.lookup(users.rows), users)
+        x = torch.where(is_user, user.to(x.dtype).index_select(0, batch.owner), x)
+        if self.actions is not None:
+            x = x + self.actions(batch.action_types)
+        if self.positions is not None:
+            x = x + self.positions(packing.positions)
+        if self.time is not None:
+            x = x + self.time(batch.timestamps, packing.positions)
+        x = self.dropout(self.embedding_norm(x))
+        query = self.backbone(x, packing).float()
+        return F.normalize(query, dim=-1) if self.config.similarity == "cosine" else query
+
+    def forward(self, batch: Batch, features: FeatureInputs) -> tuple[Tensor, Tensor]:
+        """Query vectors (N, D) and candidate vectors (M, D) of a batch."""
+        items = self.encode_items(features.items)
+        return self.encode_sequence(items.history, batch, features.users), items.candidate
