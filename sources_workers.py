@@ -1,0 +1,332 @@
+"""Reads layout A's files on all cores: byte ranges go to worker processes, column chunks come back in order through files.
+
+A worker is this file run as a program: nothing of the parent (torch, its threads) is imported or forked, and it ends by itself
+when the parent dies. Must not know what a line means (sources_jsonl.py) or write the store.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+import orjson
+
+from errors import RunError, UserError
+from sources import FeatureRows, Progress, Ragged, Rules, SeqChunk
+from sources_jsonl import FeatureReader, KnownItems, LineParser, read_range
+from store_files import load_array
+
+RANGE_BYTES = 16 << 20  # of a file, one task
+PARALLEL_BYTES = 32 << 20  # below, processes cost more than they bring
+MAX_ITEM_PIECE_BYTES = 1 << 30
+NEXT_ITEM = re.compile(rb'\}\s*,\s*"[^"\\]*"\s*:')  # cannot occur inside a JSON string: its quotes would be escaped
+
+
+class Task(NamedTuple):
+    """A byte range of one file; what: "sequences" or "items"."""
+
+    what: str
+    path: str
+    start: int
+    end: int
+
+
+def read_sequences(
+    path: Path, rules: Rules, known: Path, scratch: Path, progress: Progress, *, workers: int | None = None
+) -> Iterator[SeqChunk]:
+    """The users of seq.jsonl or predict_seq.jsonl, in file order, in chunks of bounded size.
+
+    known: folder of the item features read before (see save_known); scratch: an existing folder for what workers hand back.
+    workers: processes; None: one a core, or none for a small file.
+    """
+    return _read("sequences", path, rules, known, scratch, progress, workers)
+
+
+def read_item_dict(path: Path, rules: Rules, scratch: Path, progress: Progress, *, workers: int | None = None) -> Iterator[SeqChunk]:
+    """The items of item_feat_dict.json, in file order: chunks that hold `items`, rejects (line: number of the entry) and tally alone."""
+    return _read("items", path, rules, None, scratch, progress, workers)
+
+
+def _read(
+    what: str, path: Path, rules: Rules, known: Path | None, scratch: Path, progress: Progress, workers: int | None
+) -> Iterator[SeqChunk]:
+    size = path.stat().st_size
+    tasks = [Task(what, str(path), start, min(start + RANGE_BYTES, size)) for start in range(0, size, RANGE_BYTES)]
+    setup = {"rules": rules.to_dict(), "known": None if known is None else str(known)}
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if size >= PARALLEL_BYTES else 0
+    chunks = _in_processes(tasks, setup, scratch, min(workers, len(tasks))) if workers else _in_process(tasks, setup)
+    for task, chunk in chunks:
+        progress.update(task.end - task.start)
+        yield chunk
+
+
+def _in_process(tasks: list[Task], setup: dict) -> Iterator[tuple[Task, SeqChunk]]:
+    reader = _Reader(setup)
+    for task in tasks:
+        yield task, reader.read(task)
+
+
+def _in_processes(tasks: list[Task], setup: dict, scratch: Path, count: int) -> Iterator[tuple[Task, SeqChunk]]:
+    """Chunks in the order of tasks; at most count + 2 are under way, so that what waits on disk stays bounded."""
+    processes = [_start_worker(setup) for _ in range(count)]
+    free: SimpleQueue = SimpleQueue()
+    for process in processes:
+        free.put(process)
+
+    def run(number: int, task: Task) -> SeqChunk:
+        process = free.get()
+        try:
+            return _ask(process, task, scratch / f"range{number}.npz")
+        finally:
+            free.put(process)
+
+    pool = ThreadPoolExecutor(count)
+    waiting: deque = deque()
+    try:
+        for number, task in enumerate(tasks):
+            waiting.append((task, pool.submit(run, number, task)))
+            if len(waiting) > count + 2:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        for process in processes:
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+
+def _start_worker(setup: dict) -> subprocess.Popen:
+    environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    process.stdin.write(json.dumps(setup).encode() + b"\n")
+    return process
+
+
+def _ask(process: subprocess.Popen, task: Task, out: Path) -> SeqChunk:
+    try:
+        process.stdin.write(json.dumps([*task, str(out)]).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        line = b""
+    if not line:
+        raise RunError(f"{task.path}: the process that read bytes {task.start:,} to {task.end:,} died (status {process.poll()}).\n"
+                       "It may have been killed for lack of memory; start again, the store is built anew.")  # fmt: skip
+    answer = orjson.loads(line)
+    if error := answer.get("error"):
+        if error["kind"] == "UserError":
+            raise UserError(error["text"])
+        if error["kind"] == "OSError":
+            raise OSError(error["errno"], error["text"], str(out))
+        raise RunError(f"{task.path}, bytes {task.start:,} to {task.end:,}: {error['text']}")
+    chunk = load_chunk(out, answer)
+    out.unlink()
+    return chunk
+
+
+class _Reader:
+    """Reads tasks, in this process or in a worker."""
+
+    def __init__(self, setup: dict) -> None:
+        self.rules = Rules.from_dict(setup["rules"])
+        self.parser = LineParser(self.rules, load_known(Path(setup["known"]))) if setup["known"] else None
+        self.items = FeatureReader(self.rules, "item")
+
+    def read(self, task: Task) -> SeqChunk:
+        enabled = gc.isenabled()
+        gc.disable()  # parsed JSON has no cycles, and collections over its millions of objects cost a third of the time
+        try:
+            return self._sequences(task) if task.what == "sequences" else self._items(task)
+        finally:
+            if enabled:
+                gc.enable()
+
+    def _sequences(self, task: Task) -> SeqChunk:
+        chunks, line, last = [], 0, -1
+        for offset, lines in read_range(Path(task.path), task.start, task.end):
+            chunks.append(self.parser.parse(lines, line + 1))
+            line += len(lines)
+            last = offset + sum(map(len, lines[:-1])) + len(lines) - 1
+        chunk = join_chunks(chunks) if chunks else self.parser.parse([], 1)
+        chunk.last_offset = last
+        return chunk
+
+    def _items(self, task: Task) -> SeqChunk:
+        data, ahead = _item_piece(task)
+        try:
+            entries = orjson.loads(data) if data else {}
+            if not isinstance(entries, dict):
+                raise ValueError(f"expected an object, found {type(entries).__name__}")
+        except ValueError as error:
+            raise UserError(f"{task.path}: not JSON between bytes {ahead:,} and {ahead + len(data):,}: {error}.\n"
+                            "Expected one object {item id: {feature id: value}}; copy the file anew.") from None  # fmt: skip
+        return self._item_columns(entries)
+
+    def _item_columns(self, entries: dict) -> SeqChunk:
+        tally: Counter = Counter()
+        rejects, ids, dicts = [], [], []
+        highest = 2**64 - 2 if self.rules.kind == "predict" else self.rules.item_limit
+        for number, (key, features) in enumerate(entries.items(), 1):
+            if not (key.isascii() and key.isdigit() and len(key) <= 20 and 1 <= int(key) <= highest):
+                rejects.append((number, f"item id {key[:40]} is outside 1..{highest} (the items of indexer.pkl)"))
+            elif type(features) is not dict:
+                rejects.append((number, f"the features of item {key} are of type {type(features).__name__}; expected an object"))
+            else:
+                ids.append(int(key))
+                dicts.append(features)
+        try:
+            columns = self.items.columns(dicts, found := Counter())
+        except ValueError:
+            good, found = [], Counter()
+            for k, features in enumerate(dicts):
+                try:
+                    self.items.columns([features], Counter())
+                    good.append(k)
+                except ValueError as error:
+                    rejects.append((k + 1, f"item {ids[k]}: {error}"))
+            ids, dicts = [ids[k] for k in good], [dicts[k] for k in good]
+            columns = self.items.columns(dicts, found)
+        rows = FeatureRows(np.array(ids, dtype=np.uint64 if self.rules.kind == "predict" else np.int64), *columns)
+        chunk = empty_chunk(self.rules)
+        chunk.items, chunk.rejects, chunk.tally, chunk.num_lines = rows, rejects, tally + found, len(entries)
+        return chunk
+
+
+def _item_piece(task: Task) -> tuple[bytes, int]:
+    """The entries of item_feat_dict.json whose separator from the one before lies in the task's range: (one JSON object, its offset)."""
+    length = task.end - task.start
+    with open(task.path, "rb") as file:
+        file.seek(task.start)
+        data = file.read(length)
+        begin, end = 0, None
+        if task.start:
+            data, match = _find_separator(file, data, 0, task)
+            if match is None or match.start() >= length:
+                return b"", task.start
+            begin = data.index(b",", match.start()) + 1
+        if task.end < os.path.getsize(task.path):
+            data, match = _find_separator(file, data, length, task)
+            end = None if match is None else match.start() + 1
+    body = data[begin:] if end is None else data[begin:end] + b"}"
+    return (b"{" + body if begin else body), task.start + begin
+
+
+def _find_separator(file: object, data: bytes, place: int, task: Task) -> tuple[bytes, re.Match | None]:
+    """The first separator of two entries that begins at `place` or later, reading on as needed; None where the file ends first."""
+    while not (match := NEXT_ITEM.search(data, place)):
+        if len(data) > MAX_ITEM_PIECE_BYTES:
+            raise UserError(f"{task.path}: no entry of an item ends within {len(data):,} bytes after byte {task.start:,}.\n"
+                            "Expected one object {item id: {feature id: value}} with flat inner objects.")  # fmt: skip
+        more = file.read(1 << 20)
+        if not more:
+            return data, None
+        data += more
+    return data, match
+
+
+def empty_chunk(rules: Rules) -> SeqChunk:
+    """A chunk without users or items."""
+    ids = np.zeros(0, dtype=np.int64)
+    items = ids.astype(np.uint64) if rules.kind == "predict" else ids
+    rows = [FeatureRows(i, *FeatureReader(rules, side).columns([], Counter())) for i, side in ((ids, "user"), (items, "item"))]
+    names = [] if rules.kind == "predict" else None
+    return SeqChunk(ids, 0, ids, ids, items, ids.astype(np.int8), ids, names, [], *rows)
+
+
+def join_chunks(chunks: list[SeqChunk]) -> SeqChunk:
+    """One chunk of several in order; their line numbers already count on."""
+    if len(chunks) == 1:
+        return chunks[0]
+    ahead = np.cumsum([0] + [len(c.item_ids) for c in chunks]).tolist()
+    arrays = {name: np.concatenate([getattr(c, name) for c in chunks]) for name in COLUMNS}
+    names = None if chunks[0].user_names is None else [name for c in chunks for name in c.user_names]
+    odd = [(event + ahead[n], name) for n, c in enumerate(chunks) for event, name in c.odd_items]
+    return SeqChunk(**arrays, num_lines=sum(c.num_lines for c in chunks), user_names=names, odd_items=odd,
+                    users=join_rows([c.users for c in chunks]), items=join_rows([c.items for c in chunks]),
+                    rejects=[r for c in chunks for r in c.rejects], tally=sum((c.tally for c in chunks), Counter()))  # fmt: skip
+
+
+def join_rows(rows: list[FeatureRows]) -> FeatureRows:
+    """Feature rows one after another."""
+    multi = {k: Ragged(*(np.concatenate([r.multi[k][part] for r in rows]) for part in (0, 1))) for k in rows[0].multi}
+    return FeatureRows(np.concatenate([r.ids for r in rows]), np.concatenate([r.single for r in rows]), multi)
+
+
+COLUMNS = ("lines", "user_ids", "counts", "item_ids", "action_types", "timestamps")
+
+
+def save_chunk(chunk: SeqChunk, path: Path) -> dict:
+    """Write the arrays of a chunk to `path` (npz); the rest comes back as plain JSON values."""
+    arrays = {name: getattr(chunk, name) for name in COLUMNS}
+    for side in ("users", "items"):
+        rows = getattr(chunk, side)
+        arrays |= {f"{side}.ids": rows.ids, f"{side}.single": rows.single}
+        for name, ragged in rows.multi.items():
+            arrays |= {f"{side}.counts.{name}": ragged.counts, f"{side}.values.{name}": ragged.values}
+    np.savez(path, **arrays)
+    return {"num_lines": chunk.num_lines, "user_names": chunk.user_names, "odd_items": chunk.odd_items, "rejects": chunk.rejects,
+            "tally": dict(chunk.tally), "last_offset": chunk.last_offset}  # fmt: skip
+
+
+def load_chunk(path: Path, plain: dict) -> SeqChunk:
+    """What save_chunk wrote and gave."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    sides = {}
+    for side in ("users", "items"):
+        begin = f"{side}.counts."
+        names = [name[len(begin) :] for name in arrays if name.startswith(begin)]
+        multi = {name: Ragged(arrays[f"{side}.counts.{name}"], arrays[f"{side}.values.{name}"]) for name in names}
+        sides[side] = FeatureRows(arrays[f"{side}.ids"], arrays[f"{side}.single"], multi)
+    rest = plain | {"tally": Counter(plain["tally"])} | {k: [tuple(pair) for pair in plain[k]] for k in ("rejects", "odd_items")}
+    return SeqChunk(**{name: arrays[name] for name in COLUMNS}, **sides, **rest)
+
+
+def load_known(folder: Path) -> KnownItems:
+    """The item features that were read before the sequences, as item_table.ItemTable.share left them."""
+    known = json.loads((folder / "known.json").read_text(encoding="utf-8"))
+    arrays = {name: load_array(folder, name, spec) for name, spec in known["arrays"].items()}
+    single = load_array(Path(known["single"]["folder"]), known["single"]["name"], known["single"]["spec"])
+    return KnownItems(single, arrays["covered"], {name: (arrays[f"{name}.offsets"], arrays[f"{name}.values"]) for name in known["multi"]})
+
+
+def _work() -> None:
+    """A worker: a line of setup, then a task a line; an answer a line. Ends when its input does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops it
+    gc.disable()
+    reader = _Reader(orjson.loads(sys.stdin.buffer.readline()))
+    for line in sys.stdin.buffer:
+        *task, out = orjson.loads(line)
+        try:
+            answer = save_chunk(reader.read(Task(*task)), Path(out))
+        except UserError as error:
+            answer = {"error": {"kind": "UserError", "text": str(error)}}
+        except OSError as error:
+            answer = {"error": {"kind": "OSError", "errno": error.errno, "text": str(error.strerror)}}
+        except Exception as error:
+            answer = {"error": {"kind": type(error).__name__, "text": f"{type(error).__name__}: {error}"}}
+        sys.stdout.buffer.write(orjson.dumps(answer) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    _work()
