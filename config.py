@@ -135,6 +135,8 @@ class LossConfig(_Group):
     num_negatives: int = setting(1024, "Uniform negatives: shared by the batch (sampled_softmax), or of each position (bce; 1 is usual).",
                                  unit="items", minimum=0)  # fmt: skip
     in_batch_negatives: bool = setting(True, "The batch's other targets as negatives too (sampled_softmax).")
+    max_in_batch: int = setting(2048, "Of how many of the batch's targets, drawn anew each step, in-batch negatives are made; 0 = all.",
+                                unit="targets", minimum=0)  # fmt: skip
     temperature: float = setting(0.05, "Scores are divided by it before the loss.", above=0)
     logq: bool = setting(True, "Correct for how often each negative is drawn (sampled_softmax).")
     chunk_size: int = setting(0, "Positions whose scores are held at once; 0 = automatic.", unit="positions", minimum=0)
@@ -508,7 +510,8 @@ def warnings_for(config: Config) -> list[str]:
     by_name = f"with loss.name {loss.name}"
     idle = [
         (loss.name == "full_softmax", ("num_negatives",), by_name),
-        (loss.name != "sampled_softmax", ("in_batch_negatives", "logq"), by_name),
+        (loss.name != "sampled_softmax", ("in_batch_negatives", "max_in_batch", "logq"), by_name),
+        (loss.name == "sampled_softmax" and not loss.in_batch_negatives, ("max_in_batch",), "with loss.in_batch_negatives false"),
         (loss.name == "bce", ("temperature",), by_name),
         (model.item_activation == "none", ("candidate_activation",), "with model.item_activation none"),
         (t.optimizer == "adam" and t.weight_decay > 0, ("weight_decay",), "with training.optimizer adam"),

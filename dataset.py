@@ -73,11 +73,13 @@ class NegativeSampling(NamedTuple):
 
     kind: "position" (K uniform items a token, outside the user's training history), "shared" (the batch's own
     targets, when in_batch, and num_negatives uniform items), or "all" (every item of the catalogue).
+    max_in_batch: the targets of so many tokens, drawn without replacement, stand for all of the batch's; 0 = all.
     """
 
     kind: str
     num_negatives: int
     in_batch: bool = True
+    max_in_batch: int = 0
 
 
 def make_splits(store, *, protocol: str, holdout_fraction: float, target: str, seed: int, max_eval_users: int = 0) -> Splits:
@@ -253,13 +255,13 @@ class BatchBuilder:
         previous = np.maximum(events - 1, 0)
         targets = store.item_ids[events].astype(np.int64)
         items = np.where(first, 0, store.item_ids[previous])
-        negatives, shared = self._draw_negatives(split, samples, lengths, epoch, step)
+        negatives, shared = self._draw_negatives(split, samples, lengths, targets, epoch, step)
         if self.negatives is not None and self.negatives.kind == "all":
             unique = np.arange(store.num_items + 1, dtype=np.int64)
             item_index, target_index, candidates = items.astype(np.int64), targets, unique[1:]
         else:
             unique, (item_index, target_index, negatives, shared) = self._deduplicate(items, targets, negatives, shared)
-            candidates = _sorted_union(target_index, shared, len(unique), self.negatives)
+            candidates = np.unique(shared)
         return Batch(*map(torch.from_numpy, (
             split.users, lengths, owner, positions, item_index,
             np.where(first, 0, store.action_types[previous].astype(np.int64) + 1),
@@ -283,29 +285,24 @@ class BatchBuilder:
             split.users, lengths, owner, positions, item_index, actions, times,
             nothing, nothing, np.zeros((len(owner), 0), np.int64), nothing, unique)), int(lengths.max()))  # fmt: skip
 
-    def _draw_negatives(self, split: Split, samples: np.ndarray, lengths: np.ndarray, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw_negatives(self, split: Split, samples: np.ndarray, lengths: np.ndarray, targets: np.ndarray, epoch: int,
+                        step: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """(negatives of each token (N, K), items that all tokens share (C,))."""
         nothing = np.zeros((int(lengths.sum()), 0), dtype=np.int64), np.zeros(0, dtype=np.int64)
         if self.negatives is None or self.negatives.kind == "all":
             return nothing
         if self.negatives.kind == "shared":
-            drawn = generator(SHARED_NEGATIVES_KEY, self.seed, epoch, step).integers(1, self.store.num_items + 1, self.negatives.num_negatives)
-            return nothing[0], drawn
+            random = generator(SHARED_NEGATIVES_KEY, self.seed, epoch, step)
+            uniform = random.integers(1, self.store.num_items + 1, self.negatives.num_negatives)
+            if not self.negatives.in_batch:
+                return nothing[0], uniform
+            most = self.negatives.max_in_batch
+            return nothing[0], np.concatenate([uniform, random.choice(targets, most, replace=False) if 0 < most < len(targets) else targets])
         owner, positions = _owner_and_positions(lengths)
         drawn = uniform_negatives(
             sample_of_token=owner, samples=samples, position=positions, num_negatives=self.negatives.num_negatives,
             num_items=self.store.num_items, history=_history_keys(self.store, split), seed=self.seed, epoch=epoch)  # fmt: skip
         return drawn, nothing[1]
-
-
-def _sorted_union(target_index: np.ndarray, shared: np.ndarray, size: int, negatives: NegativeSampling | None) -> np.ndarray:
-    """Candidates shared by the batch, ascending and without repeats."""
-    if negatives is None or negatives.kind != "shared":
-        return np.zeros(0, dtype=np.int64)
-    chosen = np.zeros(size, dtype=bool)
-    chosen[shared] = True
-    if negatives.in_batch:
-        chosen[target_index] = True
-    return np.flatnonzero(chosen)
 
 
 def _history_keys(store, split: Split) -> np.ndarray:

@@ -167,6 +167,8 @@ def test_shared_candidates_hold_targets_and_uniform_items():
     assert len(batch.candidate_index) == len(candidates)
     uniform = make(False)
     assert set(uniform.unique_ids[uniform.candidate_index].tolist()) >= candidates - targets
+    capped = BatchBuilder(store, predict_split(store), 50, negatives=NegativeSampling("shared", 0, True, 5)).training(np.arange(4), 0, 3)
+    assert 0 < len(capped.candidate_index) <= 5 and set(capped.unique_ids[capped.candidate_index].tolist()) <= targets
     again = make(True)
     assert torch.equal(again.unique_ids, batch.unique_ids)
 
