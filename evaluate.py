@@ -1,0 +1,165 @@
+"""Encodes candidates and users and ranks the one for the other: the single path of training, inference and benchmarks.
+
+Must not choose splits, write files or know of runs.
+
+Legend: S samples (users to rank for), B users of a batch, C candidates, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baselines import Baselines
+from dataset import BatchBuilder, Split, generator, prefetch, ragged_arange
+from features import FeatureColumns
+from metrics import RankingMetrics, action_weights
+from model import Recommender
+from retrieval import topk_exact
+
+ITEM_CHUNK = 16_384  # items encoded at once: keeps the tower's temporaries near 100 MiB at width 64
+LOSS_SAMPLE = 10_000  # candidates that stand for all in the validation loss
+LOSS_KEY = 4
+
+
+class Ranking(NamedTuple):
+    """What a pass over a split found."""
+
+    topk_ids: np.ndarray  # (S, k) item ids, best first; 0 where candidates ran out
+    topk_scores: np.ndarray  # (S, k) float32
+    loss: float  # mean cross-entropy of the targets among themselves and LOSS_SAMPLE fixed candidates; nan without targets
+    candidates: Tensor  # (C, D) float32, in the order of Ranker.candidate_ids
+    queries: np.ndarray  # (S, D) float32; (0, D) unless kept
+
+
+def move(tree, device: torch.device, pin: bool = False):
+    """Copy the tensors of nested tuples to a device; with `pin`, into page-locked memory instead."""
+    if isinstance(tree, Tensor):
+        return tree.pin_memory() if pin else tree.to(device, non_blocking=True)
+    if isinstance(tree, tuple):
+        parts = [move(part, device, pin) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree
+
+
+class Ranker:
+    """Ranks a fixed set of candidates for users of a store.
+
+    candidate_ids: (C,) ids of the store's items, any order; the result is independent of the order. Answers tie-break by lowest id.
+    """
+
+    def __init__(self, model: Recommender, columns: FeatureColumns, candidate_ids: np.ndarray, *, device: torch.device, batch_size: int,
+                 num_workers: int = 1, prefetch_batches: int = 4, temperature: float = 1.0) -> None:  # fmt: skip
+        self.model, self.columns, self.store, self.device = model, columns, columns.store, device
+        self.candidate_ids = np.unique(candidate_ids)
+        self.batch_size, self.num_workers, self.prefetch_batches, self.temperature = batch_size, num_workers, prefetch_batches, temperature
+        self._place = np.full(self.store.num_items + 1, -1, dtype=np.int64)
+        self._place[self.candidate_ids] = np.arange(len(self.candidate_ids))
+
+    @torch.inference_mode()
+    def encode_candidates(self) -> Tensor:
+        """(C, D) float32 on the device, in the order of `candidate_ids`."""
+        self.model.eval()
+        parts = [self.candidate_ids[i : i + ITEM_CHUNK] for i in range(0, len(self.candidate_ids), ITEM_CHUNK)]
+        encoded = torch.empty(len(self.candidate_ids), self.model.config.hidden_units, device=self.device)
+        gathered = prefetch(lambda i: self.columns.items(parts[i]), range(len(parts)), self.num_workers, self.prefetch_batches)
+        for i, inputs in enumerate(gathered):
+            encoded[i * ITEM_CHUNK : i * ITEM_CHUNK + len(parts[i])] = self.model.encode_items(move(inputs, self.device)).candidate
+        return encoded
+
+    @torch.inference_mode()
+    def encode_users(self, split: Split) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """(sample numbers (B,), query vectors (B, D)) of a split's samples, batch by batch, similar lengths together."""
+        self.model.eval()
+        builder = BatchBuilder(self.store, split, self.model.config.max_seq_length)
+        order = np.argsort(split.end - split.begin, kind="stable")
+        chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+        def build(number: int):
+            batch = builder.evaluation(chunks[number])
+            return batch, self.columns.gather(batch.unique_ids.numpy(), batch.users.numpy())
+
+        for samples, built in zip(chunks, prefetch(build, range(len(chunks)), self.num_workers, self.prefetch_batches)):
+            batch, features = move(built, self.device)
+            query, _ = self.model(batch, features)
+            yield samples, query.index_select(0, batch.lengths.cumsum(0) - 1)
+
+    @torch.inference_mode()
+    def rank(self, split: Split, k: int, remove_seen: bool, *, fill: bool = False, keep_queries: bool = False) -> Ranking:
+        """Exact top k for each sample; seen items (all input events, not only the window) removed where asked.
+
+        fill: a user who has seen so much that fewer than k candidates are left gets the best of the seen ones after them.
+        """
+        candidates = self.encode_candidates()
+        k_found = min(k, len(self.candidate_ids))
+        ids = np.zeros((split.num_samples, k), dtype=np.int64)
+        scores = np.full((split.num_samples, k), -np.inf, dtype=np.float32)
+        queries = np.zeros((split.num_samples if keep_queries else 0, candidates.shape[1]), dtype=np.float32)
+        losses = []
+        for samples, query in self.encode_users(split):
+            part = split.take(samples)
+            found_scores, found = (t.cpu().numpy() for t in topk_exact(query, candidates, k_found, exclude=self._seen(part) if remove_seen else None))
+            if fill and (found < 0).any():
+                found, found_scores = _filled(found, found_scores, query, candidates)
+            ids[samples, :k_found] = np.where(found >= 0, self.candidate_ids[found], 0)
+            scores[samples, :k_found] = found_scores
+            losses.append(self._target_losses(query, candidates, part))
+            if keep_queries:
+                queries[samples] = query.cpu().numpy()
+        flat = torch.cat(losses) if losses else torch.zeros(0)
+        return Ranking(ids, scores, float(flat.double().mean()), candidates, queries)
+
+    def _seen(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Places among the candidates of each sample's input events: (offsets (B + 1,), index)."""
+        counts = split.end - split.begin
+        place = self._place[self.store.item_ids[ragged_arange(split.begin, counts)]]
+        owner = np.repeat(np.arange(len(counts)), counts)[place >= 0]
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(counts)))])
+        return torch.from_numpy(offsets).to(self.device), torch.from_numpy(place[place >= 0]).to(self.device)
+
+    def _target_losses(self, query: Tensor, candidates: Tensor, split: Split) -> Tensor:
+        """Cross-entropy of each target that is a candidate, among itself and a fixed uniform sample of the candidates."""
+        place = np.where(split.target >= 0, self._place[self.store.item_ids[np.maximum(split.target, 0)]], -1)
+        rows = torch.from_numpy(np.flatnonzero(place >= 0)).to(self.device)
+        target = torch.from_numpy(place[place >= 0]).to(self.device)
+        sample = generator(LOSS_KEY).permutation(len(candidates))[:LOSS_SAMPLE] if len(candidates) > LOSS_SAMPLE else np.arange(len(candidates))
+        sample = torch.from_numpy(sample).to(self.device)
+        logits = query[rows] @ candidates[sample].T / self.temperature
+        logits.masked_fill_(sample == target[:, None], -torch.inf)
+        own = (query[rows] * candidates[target]).sum(1, keepdim=True) / self.temperature
+        return F.cross_entropy(torch.cat((own, logits), dim=1), torch.zeros_like(target), reduction="none")
+
+
+def _filled(found: np.ndarray, scores: np.ndarray, query: Tensor, candidates: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Replace the empty places of (B, k) rankings by the best candidates that are not in the row yet."""
+    rows = np.flatnonzero((found < 0).any(axis=1))
+    found, scores = found.copy(), scores.copy()
+    more_scores, more = (t.cpu().numpy() for t in topk_exact(query[torch.from_numpy(rows).to(query.device)], candidates, found.shape[1]))
+    for row, extra, extra_scores in zip(rows, more, more_scores):
+        empty = np.flatnonzero(found[row] < 0)
+        new = np.flatnonzero((extra >= 0) & ~np.isin(extra, found[row]))[: len(empty)]
+        found[row, empty[: len(new)]] = extra[new]
+        scores[row, empty[: len(new)]] = extra_scores[new]
+    return found, scores
+
+
+def split_metrics(store, split: Split, topk_ids: np.ndarray, top_k: tuple[int, ...], score_round: int) -> dict[str, float]:
+    """HR@k, NDCG@k and the competition's score of rankings (S, k) of a split."""
+    metrics = RankingMetrics(list(top_k))
+    weights = action_weights(torch.from_numpy(np.asarray(store.action_types[split.target])), score_round)
+    metrics.update(torch.from_numpy(topk_ids), torch.from_numpy(store.item_ids[split.target].astype(np.int64)), weights)
+    return metrics.compute()
+
+
+def baseline_metrics(baselines: Baselines, split: Split, top_k: tuple[int, ...], score_round: int) -> dict[str, float]:
+    """{"popularity.hr@10": ...} of the three baselines."""
+    result = {}
+    for name, topk_ids in baselines.top_k(split, max(top_k)).items():
+        for key, value in split_metrics(baselines.store, split, topk_ids, top_k, score_round).items():
+            result[f"{name}.{key}"] = value
+    return result

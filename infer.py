@@ -1,0 +1,140 @@
+"""The competition's inference: a checkpoint and EVAL_DATA_PATH in, ten creative ids for every user out.
+
+Needs the checkpoint folder and EVAL_DATA_PATH, nothing else: no config.yaml, no training data, no flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import load_checkpoint
+from config import Config
+from dataset import predict_split
+from errors import UserError, run_cli
+from evaluate import Ranker, Ranking
+from features import FeatureColumns, TableLayout
+from model import Recommender
+from schema import Schema
+from store import open_store
+
+ANSWERS = 10  # creative ids a user
+
+
+def infer() -> tuple[list[list[int | str]], list[str]]:
+    """Rank EVAL_DATA_PATH's candidates for its users with the checkpoint in MODEL_OUTPUT_PATH.
+
+    Returns (top10s, user_list): one list of 10 creative ids a user, and the raw user ids in the same order. Writes the organisers' files
+    (embedding.fbin, query.fbin, id.u64bin, retrive_id2creative_id.json) to EVAL_RESULT_PATH where that is set.
+    Raises UserError where a variable, a file or a fit between checkpoint and data is missing.
+    """
+    model_path, data_path = _folder("MODEL_OUTPUT_PATH", "the checkpoint's folder"), _folder("EVAL_DATA_PATH", "the data to predict")
+    result_path = os.environ.get("EVAL_RESULT_PATH") or ""
+    loaded = load_checkpoint(_checkpoint_in(model_path), with_trainer=False)
+    meta = loaded.meta
+    config, layout, embeddings = Config.from_dict(meta["config"]), TableLayout.from_list(meta["layout"]), tuple(meta["embeddings"])
+    schema = Schema.from_dict(meta["schema"], f"{loaded.path}/meta.json")
+    cache_path = os.environ.get("USER_CACHE_PATH") or (os.path.join(result_path, "cache") if result_path else "./cache")
+    store = open_store(data_path, Path(cache_path), kind="predict", embeddings=embeddings, max_bad_lines=config.data.max_bad_lines)
+    _check_fit(store, meta, schema, loaded.path, data_path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = Recommender(config.model, layout, {i: schema[i].width for i in embeddings}, schema.has_time)
+    model.load_state_dict(loaded.model_state)
+    ranker = Ranker(model.to(device), FeatureColumns(store, layout, embeddings), np.asarray(store.candidate_item_ids), device=device,
+                    batch_size=config.eval.eval_batch_size, num_workers=max(1, config.data.num_workers))  # fmt: skip
+    ranking = ranker.rank(predict_split(store), ANSWERS, config.eval.remove_seen, fill=True, keep_queries=bool(result_path))
+    if result_path:
+        write_baseline_files(Path(result_path), store, ranker, ranking)
+    return creative_ids(store, ranking.topk_ids), store.raw_user_ids.take(np.arange(store.num_users))
+
+
+def _folder(variable: str, what: str) -> Path:
+    value = os.environ.get(variable) or ""
+    if not value:
+        raise UserError(f"{variable} is not set: it names {what}.\nFor example: MODEL_OUTPUT_PATH=checkpoints/RUN/best_model.pt EVAL_DATA_PATH=data-eval python infer.py")
+    if not Path(value).exists():
+        raise UserError(f"{variable}={value}: no such file or folder; it names {what}.")
+    return Path(value)
+
+
+def _checkpoint_in(path: Path) -> Path:
+    """The platform may name the checkpoint's folder, a file in it, or a folder that holds one checkpoint."""
+    if path.is_file() or (path / "meta.json").exists():
+        return path
+    inside = sorted(folder for folder in path.glob("global_step*") if folder.is_dir())
+    if len(inside) == 1:
+        return inside[0]
+    best = path / "best_model.pt"
+    if best.exists():
+        return best
+    raise UserError(f"MODEL_OUTPUT_PATH={path}: expected a checkpoint folder (model.pt, meta.json), found {len(inside)} folders global_step*.\nName one of them.")
+
+
+def _check_fit(store, meta: dict, schema: Schema, checkpoint_path: Path, data_path: Path) -> None:
+    if store.num_known_items != meta["num_items"]:
+        raise UserError(f"{data_path}/indexer.pkl knows {store.num_known_items:,} items, the checkpoint {checkpoint_path} was trained on {meta['num_items']:,}.\n"
+                        "Item numbers would mean other items. Give the data of the same data set.")  # fmt: skip
+    if not len(store.candidate_item_ids):
+        raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank.")
+    missing = [i for i in meta["embeddings"] if not store.has_embedding(i)]
+    if missing:
+        raise UserError(f"{data_path}: the model uses the embeddings {', '.join(missing)}, which the data lacks (creative_emb/ or mm_emb/).")
+    if store.schema.features != schema.features:
+        raise UserError(f"{data_path}: its schema differs from the one the checkpoint {checkpoint_path} was trained with.")
+
+
+def creative_ids(store, item_ids: np.ndarray) -> list[list[int | str]]:
+    """Creative ids of rankings (S, k), without the empty places (id 0) that occur only where the pool has fewer than k candidates."""
+    raw = store.raw_item_ids
+    if isinstance(raw, np.ndarray):
+        rows = raw[item_ids].tolist()
+        if (item_ids > 0).all():
+            return rows
+    else:
+        rows = [raw.take(row) for row in item_ids]
+    return [[creative for creative, item in zip(row, ids) if item > 0] for row, ids in zip(rows, item_ids.tolist())]
+
+
+def write_baseline_files(folder: Path, store, ranker: Ranker, ranking: Ranking) -> None:
+    """The organisers' intermediate files, for tools that read them: vectors in .fbin, retrieval ids in .u64bin, their creative ids in JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    items = np.asarray(store.candidate_item_ids)
+    place = np.searchsorted(ranker.candidate_ids, items)
+    _write_matrix(folder / "embedding.fbin", ranking.candidates.cpu().numpy()[place])
+    _write_matrix(folder / "query.fbin", ranking.queries)
+    retrieval = np.asarray(store.retrieval_ids, dtype=np.uint64)
+    _write_matrix(folder / "id.u64bin", retrieval[:, None])
+    creatives = creative_ids(store, items[:, None])
+    text = json.dumps({str(r): c[0] for r, c in zip(retrieval.tolist(), creatives)})
+    (folder / "retrive_id2creative_id.json").write_text(text, encoding="utf-8")
+
+
+def _write_matrix(path: Path, matrix: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        file.write(np.array(matrix.shape, dtype=np.uint32).tobytes())
+        file.write(np.ascontiguousarray(matrix).tobytes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--output", default="", help="result.json to write; default: EVAL_RESULT_PATH/result.json, or ./result.json")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args()
+    started = time.time()
+    top10s, users = infer()
+    output = Path(options.output or Path(os.environ.get("EVAL_RESULT_PATH") or ".") / "result.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    seconds = time.time() - started
+    output.write_text(json.dumps({"time": seconds, "top10s": top10s, "user": users}), encoding="utf-8")
+    print(f"{len(users):,} users answered in {seconds:.1f} s: {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main, debug="--debug" in sys.argv))

@@ -1,0 +1,247 @@
+"""The main job: settings -> store -> training -> evaluation on the test split -> report; or the evaluation of a checkpoint.
+
+    python main.py                                    train with config.yaml, on demo data where no data is given
+    python main.py --batch_size 64 --lr 0.0005        settings by flag (--help lists them)
+    python main.py --resume                           go on with the newest unfinished run
+    python main.py --inference_only --state_dict_path checkpoints/RUN/best_model.pt
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import checkpoint as checkpoints
+from config import Config, warnings_for
+from dataset import make_splits
+from errors import UserError, run_cli
+from features import TableLayout, choose_embeddings
+from logger import RunLogger, peak_rss_gib
+from report import write_report
+from runs import RunPaths, environment, prepare_eval, prepare_run, write_start_files, write_status
+from schema import Schema
+from settings import ParsedArguments, dump_yaml, load_config, print_config, write_config
+from store import Store, has_embedding, open_store
+from trainer import Trainer, check_compatible, write_test_metrics
+
+DEMO_FOLDER = Path("demo_data")
+DEMO = {"users": 4000, "items": 6000, "seed": 1}  # trains within a minute or two on two cores and beats the baselines clearly
+
+
+def main() -> int:
+    arguments = load_config(sys.argv[1:])
+    options = arguments.options
+    if options.write_config:
+        print(f"written: {write_config(arguments)}")
+        return 0
+    if options.print_config:
+        print(print_config(arguments))
+        return 0
+    if options.inference_only:
+        if options.state_dict_path is None:
+            raise UserError("--inference_only evaluates a checkpoint: name it with --state_dict_path.")
+        return evaluate_checkpoint(arguments)
+    return train(arguments)
+
+
+def train(arguments: ParsedArguments) -> int:
+    """Train, test, report; returns the exit status."""
+    config, options = with_demo_data(arguments.config), arguments.options
+    device = choose_device(config)
+    run = prepare_run(config.paths, run_name=config.system.run_name, resume=options.resume, resume_path=options.resume_path or "", overwrite=options.overwrite)
+    logger = open_logger(config, run, resume_step=resume_step(run))
+    step = 0
+    try:
+        banner(logger, arguments, config, run, device)
+        trainer = build_trainer(config, run, logger, device)
+        write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
+        if options.state_dict_path is not None and run.resume_from is None:
+            load_weights(trainer, options.state_dict_path)
+        logger.total_steps = trainer.total_steps
+        try:
+            trainer.fit()
+        finally:
+            step = trainer.step
+        if trainer.stop_signal:
+            write_status(run.log_dir, "interrupted", step, f"signal {trainer.stop_signal}")
+            logger.say(f"interrupted at step {step}; checkpoint written. Go on with: {resume_command(arguments)}")
+            return 128 + trainer.stop_signal
+        metrics = trainer.test()
+        write_status(run.log_dir, "finished", step)
+        report = write_report(run.log_dir)
+        say_what_next(logger, run, config, metrics, report)
+        return 0
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        write_status(run.log_dir, "interrupted" if interrupted else "failed", step, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        logger.close()
+
+
+def evaluate_checkpoint(arguments: ParsedArguments) -> int:
+    """--inference_only: the checkpoint's model on the test split of the present data and evaluation settings."""
+    loaded = checkpoints.load_checkpoint(arguments.options.state_dict_path, with_trainer=False)
+    config = with_demo_data(settings_of_checkpoint(arguments, loaded.meta, loaded.path))
+    device = choose_device(config)
+    run = prepare_eval(config.paths, run_name=config.system.run_name)
+    logger = open_logger(config, run, tensorboard=False)
+    try:
+        banner(logger, arguments, config, run, device)
+        trainer = build_trainer(config, run, logger, device)
+        check_compatible(loaded.meta, config, trainer.layout, trainer.embeddings, loaded.path)
+        write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
+        trainer.model.load_state_dict(loaded.model_state)
+        trainer.step, trainer.epoch = loaded.meta["step"], loaded.meta["epoch"]
+        write_test_metrics(trainer, loaded.path)
+        write_status(run.log_dir, "finished", trainer.step)
+        logger.say(f"metrics: {run.log_dir / 'metrics.json'}; report: {write_report(run.log_dir)}")
+        return 0
+    except BaseException as error:
+        write_status(run.log_dir, "failed", 0, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        logger.close()
+
+
+def settings_of_checkpoint(arguments: ParsedArguments, meta: dict, path: Path) -> Config:
+    """The present settings with the model group, embeddings and split seed of the checkpoint; UserError where a flag contradicts it."""
+    saved = Config.from_dict(meta["config"], f"{path}/meta.json")
+    wrong = []
+    for key, value in saved.to_dict()["model"].items():
+        given = arguments.config.get(key)
+        if arguments.origins[key].startswith("flag") and given != value:
+            wrong.append(f"--{key} {given}: the checkpoint {path} was trained with {value}. Leave the flag away.")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    config = replace(arguments.config, model=saved.model)
+    if not arguments.origins["multimodal_features"].startswith("flag"):
+        config = replace(config, data=replace(config.data, multimodal_features=tuple(meta["embeddings"])))
+    if not arguments.origins["seed"].startswith("flag"):
+        config = replace(config, system=replace(config.system, seed=saved.system.seed))  # the seed decides who is held out
+    return config
+
+
+def build_trainer(config: Config, run: RunPaths, logger: RunLogger, device: torch.device) -> Trainer:
+    """Open the store, split it, and make the trainer; says what it found."""
+    data_path = Path(config.paths.data_path)
+    schema = Schema.load(data_path)
+    embeddings = choose_embeddings(lambda i: has_embedding(data_path, schema[i]), schema, config.data.multimodal_features)
+    store = open_store(data_path, Path(config.paths.cache_path), embeddings=embeddings, max_bad_lines=config.data.max_bad_lines, log=logger.say)
+    splits = make_splits(store, protocol=config.eval.protocol, holdout_fraction=config.eval.holdout_fraction, target=config.eval.target,
+                         seed=config.system.seed, max_eval_users=config.eval.max_eval_users)  # fmt: skip
+    layout = TableLayout.from_store(store, config.model.user_id)
+    data_summary(logger, store, splits, embeddings)
+    trainer = Trainer(config, store, layout, embeddings, splits, run, logger, device)
+    model_table(logger, trainer)
+    return trainer
+
+
+def with_demo_data(config: Config) -> Config:
+    """The settings with the demo data's folder where no data was given; it is made on first use. A given path must exist."""
+    if config.paths.data_path:
+        if not Path(config.paths.data_path).is_dir():
+            raise UserError(f"data_path: {config.paths.data_path}: no such folder.\nGive TencentGR data, or a set converted by convert.py "
+                            "(--data_path, TRAIN_DATA_PATH or config.yaml); leave it empty for demo data.")  # fmt: skip
+        return config
+    if not DEMO_FOLDER.exists():
+        from synthetic import generate  # only where demo data must be made
+
+        print(f"no data path given: making demo data in ./{DEMO_FOLDER} ({DEMO['users']:,} users)", flush=True)
+        unfinished = DEMO_FOLDER.with_name(f".{DEMO_FOLDER.name}-{os.getpid()}")
+        generate(unfinished, layout="jsonl", **DEMO)
+        try:
+            unfinished.rename(DEMO_FOLDER)
+        except OSError:  # another process was first
+            shutil.rmtree(unfinished)
+    return replace(config, paths=replace(config.paths, data_path=str(DEMO_FOLDER)))
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device of the settings; UserError for a GPU that is not there or a precision it lacks."""
+    name = config.system.device
+    if config.system.num_threads:
+        torch.set_num_threads(config.system.num_threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device {name}: this machine has no such CUDA device (torch {torch.__version__}).\nUse --device auto, which takes cuda where there is one.")
+    return device
+
+
+def open_logger(config: Config, run: RunPaths, *, resume_step: int | None = None, tensorboard: bool = True) -> RunLogger:
+    folder = run.tensorboard_dir if tensorboard and config.system.tensorboard else None
+    return RunLogger(run.log_dir, folder, resume_step=resume_step)
+
+
+def resume_step(run: RunPaths) -> int | None:
+    return None if run.resume_from is None else checkpoints.read_meta(checkpoints.find_checkpoint(run.resume_from))["step"]
+
+
+def load_weights(trainer: Trainer, path: Path) -> None:
+    """--state_dict_path without --inference_only: a new run from a checkpoint's weights."""
+    loaded = checkpoints.load_checkpoint(path, with_trainer=False)
+    check_compatible(loaded.meta, trainer.config, trainer.layout, trainer.embeddings, loaded.path)
+    trainer.model.load_state_dict(loaded.model_state)
+    trainer.logger.say(f"weights from {loaded.path} (step {loaded.meta['step']})")
+
+
+# ---- what the console says ----
+
+
+def banner(logger: RunLogger, arguments: ParsedArguments, config: Config, run: RunPaths, device: torch.device) -> None:
+    from_where = "asked for" if config.system.device != "auto" else ("auto: CUDA found" if device.type == "cuda" else "auto: no CUDA found")
+    demo = {"data_path": "demo data, no path was given"} if not arguments.config.paths.data_path else {}
+    rows = [("device", f"{device} ({from_where}), {torch.get_num_threads()} threads, {config.training.precision}, torch {torch.__version__}")]
+    rows += [(key, f"{getattr(config.paths, key) or chosen}  ({demo.get(key) or (arguments.origins[key] if getattr(config.paths, key) else 'chosen')})")
+             for key, chosen in (("data_path", ""), ("cache_path", ""), ("log_path", run.log_dir), ("tensorboard_path", run.tensorboard_dir),
+                                 ("checkpoint_path", run.checkpoint_dir))]  # fmt: skip
+    rows.append(("settings", str(arguments.config_file or "defaults")))
+    logger.banner("generative recommender", rows)
+    for warning in warnings_for(config):
+        logger.warn_once(warning)
+
+
+def data_summary(logger: RunLogger, store: Store, splits, embeddings: tuple[str, ...]) -> None:
+    rejected = store.summary.get("rejected", 0)
+    logger.banner("data", [
+        ("store", f"{store.path} ({'found in the cache' if store.cache_hit else 'compiled now'})"),
+        ("users", f"{store.num_users:,}"), ("items", f"{store.num_items:,}"), ("events", f"{store.num_events:,}"), ("rejected", f"{rejected:,}"),
+        ("embeddings", ", ".join(embeddings) or "none"),
+        ("samples", f"{splits.train.num_samples:,} for training, {splits.valid.num_samples:,} for validation, {splits.test.num_samples:,} for test"),
+        *(("note", note) for note in splits.notes)])  # fmt: skip
+
+
+def model_table(logger: RunLogger, trainer: Trainer) -> None:
+    rows = []
+    for name, module in trainer.model.named_children():
+        count = sum(p.numel() for p in module.parameters())
+        if count:
+            rows.append((name, type(module).__name__, count, f"{count * 4 / 2**20:.1f} MiB"))
+    total = sum(p.numel() for p in trainer.model.parameters())
+    logger.table([*rows, ("all", "", total, f"{total * 4 / 2**20:.1f} MiB")], ("part", "kind", "parameters", "memory"), title="model")
+
+
+def resume_command(arguments: ParsedArguments) -> str:
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    return " ".join(["python main.py", *words, "--resume"])
+
+
+def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dict, report: Path) -> None:
+    logger.banner("done", [
+        ("test", f"HR@10 {metrics['hr@10']:.4f}, NDCG@10 {metrics['ndcg@10']:.4f}, score {metrics['score']:.4f}"),
+        ("best checkpoint", run.checkpoint_dir / "best_model.pt"), ("metrics", run.log_dir / "metrics.json"), ("report", report),
+        ("peak memory", f"{peak_rss_gib():.2f} GiB"),
+        ("watch", f"tensorboard --logdir {run.tensorboard_dir}"),
+        ("evaluate again", f"python main.py --inference_only --state_dict_path {run.checkpoint_dir / 'best_model.pt'}"),
+        ("your own data", "set data_path in config.yaml; USAGE.md tells what the folder holds")])  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main, debug="--debug" in sys.argv))

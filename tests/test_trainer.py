@@ -1,0 +1,206 @@
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_store
+
+import checkpoint as checkpoints
+from config import Config, with_values
+from dataset import make_splits
+from errors import RunError, UserError
+from features import TableLayout
+from logger import RunLogger, read_train_log
+from runs import RunPaths
+from trainer import LossScaler, Trainer
+
+SMALL = {
+    "hidden_units": 16, "num_heads": 2, "num_blocks": 1, "max_seq_length": 8, "batch_size": 8, "num_epochs": 2, "dropout_rate": 0.3, "num_negatives": 8,
+    "log_every_steps": 1, "protocol": "leave_one_out", "tensorboard": False, "eval_batch_size": 16, "keep_last_k": 0,
+}  # fmt: skip
+
+
+def make_trainer(folder, resume_from=None, store=None, embeddings=("81",), **settings):
+    store = store or tiny_store(num_users=40, num_items=30, max_events=12)
+    config = with_values(Config(), **(SMALL | settings))
+    folder.mkdir(parents=True, exist_ok=True)
+    run = RunPaths(folder, folder / "tb", folder, folder.name, resume_from=resume_from)
+    splits = make_splits(store, protocol=config.eval.protocol, holdout_fraction=0.3, target=config.eval.target, seed=config.system.seed)
+    logger = RunLogger(folder, None, console=False)
+    return Trainer(config, store, TableLayout.from_store(store, config.model.user_id), embeddings, splits, run, logger, torch.device("cpu"))
+
+
+def final_state(trainer):
+    return trainer.model.state_dict() | {"table." + k: v for k, v in trainer.table_optimizer.state_dict().items() if torch.is_tensor(v)}
+
+
+def losses_of(folder):
+    return {r["global_step"]: r["loss"] for r in read_train_log(folder / "train.log") if "loss" in r}
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"name": "bce", "num_negatives": 1}, {"name": "full_softmax"}, {"num_workers": 0, "length_buckets": False},
+    {"num_workers": 3, "table_optimizer": "adam", "optimizer": "adam", "lr_scheduler": "step"}, {"precision": "bf16"}, {"precision": "fp16"},
+    {"gradient_checkpointing": True}], ids=str)  # fmt: skip
+def test_resume_inside_an_epoch_is_exact(tmp_path, settings):
+    whole = make_trainer(tmp_path / "whole", save_every_steps=3, **settings)
+    whole.fit()
+    assert whole.step == whole.total_steps == 10
+    for step in (3, 5, 6):  # inside the first epoch, at its end, inside the second
+        (start,) = (tmp_path / "whole").glob(f"global_step{step}.*")
+        resumed = make_trainer(tmp_path / f"from{step}", resume_from=start, save_every_steps=3, **settings)
+        torch.rand(7)  # generators in another state than in the first run
+        resumed.fit()
+        for name, value in final_state(whole).items():
+            assert torch.equal(value, final_state(resumed)[name]), name
+        expected = {s: loss for s, loss in losses_of(tmp_path / "whole").items() if s > step}
+        assert losses_of(tmp_path / f"from{step}") == expected
+
+
+def test_resume_in_the_middle_of_a_log_interval_keeps_the_mean(tmp_path):
+    make_trainer(tmp_path / "whole", save_every_steps=3, log_every_steps=4).fit()
+    (start,) = (tmp_path / "whole").glob("global_step3.*")
+    make_trainer(tmp_path / "rest", resume_from=start, save_every_steps=3, log_every_steps=4).fit()
+    assert losses_of(tmp_path / "rest") == losses_of(tmp_path / "whole")
+
+
+def test_training_lowers_the_loss_and_beats_chance(tmp_path):
+    sequences = [[(start + i) % 30 + 1 for i in range(12)] for start in range(30)] * 4
+    trainer = make_trainer(tmp_path, store=tiny_store(sequences=sequences, num_items=30), num_epochs=30, learning_rate=3e-3, dropout_rate=0.1)
+    trainer.fit()
+    losses = list(losses_of(tmp_path).values())
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    assert trainer.evaluate(trainer.splits.test)["hr@10"] > 0.95
+
+
+@pytest.mark.parametrize("settings", [{"name": "bce", "num_negatives": 2}, {"in_batch_negatives": False}, {"logq": False}, {"name": "full_softmax"}], ids=str)
+def test_every_loss_learns(tmp_path, settings):
+    settings = {"temperature": 0.1} | settings | {"similarity": "dot" if settings.get("name") == "bce" else "cosine"}
+    sequences = [[(start + i) % 30 + 1 for i in range(12)] for start in range(30)] * 2
+    store = tiny_store(sequences=sequences, num_items=30)
+    trainer = make_trainer(tmp_path, store=store, num_epochs=30, learning_rate=1e-2, dropout_rate=0.0, remove_seen=False, **settings)
+    before = trainer.evaluate(trainer.splits.valid)["ndcg@10"]
+    trainer.fit()
+    assert trainer.evaluate(trainer.splits.valid)["ndcg@10"] > before + 0.3
+
+
+def test_checkpoints_links_and_what_is_kept(tmp_path):
+    trainer = make_trainer(tmp_path, num_epochs=5, keep_last_k=2, save_every_steps=2)
+    trainer.fit()
+    folders = checkpoints.list_checkpoints(tmp_path)
+    best = tmp_path / trainer.best_name
+    assert set(folders) == {*folders[-2:], best}
+    assert os.path.samefile(tmp_path / "best_model.pt", best / "model.pt")
+    assert (tmp_path / "checkpoint_epoch_5.pt").exists()
+    for link in tmp_path.glob("*.pt"):
+        assert checkpoints.find_checkpoint(link) in folders
+
+
+def test_max_steps_rules_over_epochs_and_patience(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=13, num_epochs=1, patience=1, learning_rate=1e-9)
+    trainer.fit()
+    assert trainer.step == 13 and len(losses_of(tmp_path)) == 13
+    assert trainer.learning_rate_factor(13) == pytest.approx(0.1)  # the schedule ends there
+
+
+def test_patience_stops(tmp_path):
+    trainer = make_trainer(tmp_path, num_epochs=50, patience=2, learning_rate=1e-9)
+    trainer.fit()
+    assert trainer.step < trainer.total_steps and trainer.evaluations_since_best == 2
+
+
+def test_test_metrics_have_the_promised_keys(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.fit()
+    trainer.test()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    wanted = {"split", "protocol", "hr@10", "ndcg@10", "score", "num_users", "num_candidates", "seen_removed", "checkpoint"}
+    wanted |= {f"{name}.{metric}" for name in ("popularity", "recent", "item2item") for metric in ("hr@10", "ndcg@10")}
+    assert wanted <= set(metrics) and not any(isinstance(value, (dict, list)) for value in metrics.values())
+    assert metrics["num_users"] == 40 and metrics["num_candidates"] == 30 and metrics["split"] == "test"
+    assert metrics["checkpoint"].endswith(trainer.best_name)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.order.start_epoch(0)
+    batch, features = trainer._build(0)
+    with torch.no_grad():
+        trainer.model.item_bias[0] = float("nan")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(RunError, match="stopped before the update") as error:
+        trainer._update(batch, features)
+    assert "item_bias" in str(error.value) and "user_" in str(error.value)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_float16_overflow_skips_the_update_and_halves_the_scale(tmp_path):
+    trainer = make_trainer(tmp_path, precision="fp16")
+    trainer.order.start_epoch(0)
+    batch, features = trainer._build(0)
+    trainer.scaler.scale = 2.0**127
+    before = trainer.model.user_token.detach().clone()
+    trainer._update(batch, features)
+    assert trainer.scaler.scale == 2.0**126 and trainer.scaler.skipped == 1
+    assert torch.equal(trainer.model.user_token, before)
+
+
+def test_loss_scaler_grows():
+    scaler = LossScaler(True, scale=4.0, growth_interval=2)
+    for finite in (True, True, False):
+        scaler.update(finite)
+    assert scaler.scale == 4.0 and scaler.skipped == 1
+    assert LossScaler(False).scale == 1.0
+
+
+def test_a_signal_saves_and_stops_and_the_rest_is_exact(tmp_path):
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit()
+    stopped = make_trainer(tmp_path / "stopped")
+    update = stopped._update
+
+    def update_and_signal(batch, features):
+        update(batch, features)
+        if stopped.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped._update = update_and_signal
+    stopped.fit()
+    assert stopped.stop_signal == signal.SIGTERM and stopped.step == 7
+    resumed = make_trainer(tmp_path / "resumed", resume_from=checkpoints.newest_valid(tmp_path / "stopped"))
+    resumed.fit()
+    for name, value in final_state(whole).items():
+        assert torch.equal(value, final_state(resumed)[name]), name
+
+
+def test_a_checkpoint_of_another_model_or_order_is_refused(tmp_path):
+    make_trainer(tmp_path / "a").fit()
+    start = checkpoints.newest_valid(tmp_path / "a")
+    with pytest.raises(UserError, match="hidden_units: 16 there, 32 here"):
+        make_trainer(tmp_path / "b", resume_from=start, hidden_units=32).fit()
+    with pytest.raises(UserError, match="batch_size differ"):
+        make_trainer(tmp_path / "c", resume_from=start, batch_size=4).fit()
+    with pytest.raises(UserError, match="other numbers of items"):
+        make_trainer(tmp_path / "d", resume_from=start, store=tiny_store(num_users=40, num_items=31)).fit()
+
+
+def test_l2_and_decay_act_on_touched_rows_only(tmp_path):
+    store = tiny_store(sequences=[[1, 2, 3, 4, 5]] * 10, num_items=30)
+    trainer = make_trainer(tmp_path, store=store, l2_emb=0.1, weight_decay=0.1, num_epochs=1, name="bce", num_negatives=1, embeddings=())
+    before = trainer.model.table.weight.clone()
+    trainer._train_epoch()
+    changed = (trainer.model.table.weight != before).any(dim=1)
+    touched = trainer.table_optimizer.second > 0
+    assert torch.equal(changed, touched) and 0 < int(touched.sum()) < len(touched)
+
+
+def test_loss_of_a_fresh_model_is_log_of_candidates(tmp_path):
+    trainer = make_trainer(tmp_path, name="full_softmax", similarity="dot", temperature=1.0, init_std=1e-4, dropout_rate=0.0)
+    trainer.order.start_epoch(0)
+    batch, features = trainer._build(0)
+    query, items = trainer.model(batch, features)
+    assert float(trainer.loss(query.detach() * 0, items.detach(), batch)) == pytest.approx(math.log(30), rel=1e-5)

@@ -1,0 +1,398 @@
+"""The training loop: batches in, updates, logs, checkpoints, evaluation; and the test of the best checkpoint at the end.
+
+Must not parse settings, choose folders or read data files; it gets a store, splits and a run.
+
+Legend: B users, N packed tokens, M unique items, C candidates, D width, R touched rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint as checkpoints
+from baselines import Baselines
+from candidates import read_candidates
+from config import Config
+from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
+from errors import RunError, UserError
+from evaluate import Ranker, baseline_metrics, move, split_metrics
+from features import FeatureColumns, FeatureInputs, TableLayout
+from logger import RunLogger, rss_gib
+from losses import bce_loss, log_expected_count, softmax_loss
+from model import Recommender
+from optim import TableOptimizer, clip_scale, dense_optimizer, gradient_norm, learning_rate_factor
+from runs import RunPaths, write_status, write_text_atomic
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Settings that decide which samples form which batch: a run that goes on with others would repeat or lose users.
+ORDER_SETTINGS = ("seed", "batch_size", "length_buckets", "max_seq_length", "protocol", "holdout_fraction")
+LOWER_IS_BETTER = ("loss",)
+
+
+class LossScaler:
+    """The factor on a float16 loss: halved after a step that was not finite (which is skipped), doubled after growth_interval good ones.
+
+    torch.amp.GradScaler does not serve: the table's rows are not an optimiser's parameters, and one verdict must rule both.
+    """
+
+    def __init__(self, enabled: bool, scale: float = 2.0**15, growth_interval: int = 2000) -> None:
+        self.enabled, self.scale, self.growth_interval, self.good_steps, self.skipped = enabled, scale if enabled else 1.0, growth_interval, 0, 0
+
+    def update(self, finite: bool) -> None:
+        if finite:
+            self.good_steps += 1
+            if self.good_steps == self.growth_interval:
+                self.scale, self.good_steps = self.scale * 2, 0
+        else:
+            self.scale, self.good_steps, self.skipped = self.scale / 2, 0, self.skipped + 1
+
+    def state_dict(self) -> dict:
+        return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
+
+
+class TrainingLoss:
+    """The configured loss of a batch from query and item vectors."""
+
+    def __init__(self, config: Config, store, train: Split, device: torch.device) -> None:
+        self.config, self.num_items = config.loss, store.num_items
+        self.item_share = None
+        if self.config.name == "sampled_softmax" and self.config.logq:
+            counts = training_item_counts(store, train)
+            self.item_share = torch.from_numpy(counts / max(1, counts.sum())).float().to(device)  # (num_items + 1,)
+
+    def __call__(self, query: Tensor, item_emb: Tensor, batch: Batch) -> Tensor:
+        """query (N, D), item_emb (M, D) of batch.unique_ids; the mean over tokens."""
+        config = self.config
+        if config.name == "bce":
+            return bce_loss(query, item_emb, batch.target_index, batch.negative_index, chunk_size=config.chunk_size)
+        if config.name == "full_softmax":  # unique_ids are 0 (padding), 1 .. num_items
+            return softmax_loss(query, item_emb[1:], batch.target_index - 1, temperature=config.temperature, chunk_size=config.chunk_size)
+        log_q = None
+        if self.item_share is not None:
+            num_in_batch = min(query.shape[0], config.max_in_batch or query.shape[0]) if config.in_batch_negatives else 0
+            log_q = log_expected_count(self.item_share[batch.unique_ids], num_in_batch, config.num_negatives, self.num_items)
+        return softmax_loss(query, item_emb, batch.target_index, candidate_index=batch.candidate_index, temperature=config.temperature,
+                            log_q=log_q, chunk_size=config.chunk_size)  # fmt: skip
+
+
+def negative_sampling(config: Config) -> NegativeSampling:
+    kind = {"bce": "position", "sampled_softmax": "shared", "full_softmax": "all"}[config.loss.name]
+    return NegativeSampling(kind, config.loss.num_negatives, config.loss.in_batch_negatives, config.loss.max_in_batch)
+
+
+def build_model(config: Config, layout: TableLayout, schema, embeddings: tuple[str, ...]) -> Recommender:
+    """A freshly initialised model; its weights depend on config.system.seed alone."""
+    torch.manual_seed(config.system.seed)
+    model = Recommender(config.model, layout, {i: schema[i].width for i in embeddings}, schema.has_time)
+    model.backbone.gradient_checkpointing = config.training.gradient_checkpointing
+    return model
+
+
+def candidate_ids(config: Config, store) -> np.ndarray:
+    """Items to rank: all of the store, or those of eval.candidates that the store knows."""
+    if config.eval.candidates == "all":
+        return np.arange(1, store.num_items + 1)
+    table = read_candidates(Path(config.eval.candidates), store.schema)
+    ids = store.item_ids_of(table.creative_ids)
+    if not (ids > 0).any():
+        raise UserError(f"eval.candidates {config.eval.candidates}: none of its {len(ids):,} creative ids is in the data's indexer. Is it another data set's?")
+    return np.unique(ids[ids > 0])
+
+
+class Trainer:
+    """One run of training over a store; `fit` trains, `test` writes metrics.json."""
+
+    def __init__(self, config: Config, store, layout: TableLayout, embeddings: tuple[str, ...], splits: Splits, run: RunPaths,
+                 logger: RunLogger, device: torch.device) -> None:  # fmt: skip
+        self.config, self.store, self.layout, self.embeddings, self.splits = config, store, layout, embeddings, splits
+        self.run, self.logger, self.device = run, logger, device
+        training = config.training
+        self.model = build_model(config, layout, store.schema, embeddings).to(device)
+        self.columns = FeatureColumns(store, layout, embeddings)
+        self.builder = BatchBuilder(store, splits.train, config.model.max_seq_length, config.system.seed, negative_sampling(config))
+        self.order = TrainingOrder(splits.train, training.batch_size, config.system.seed, config.model.max_seq_length, config.data.length_buckets)
+        self.loss = TrainingLoss(config, store, splits.train, device)
+        betas = (training.adam_beta1, training.adam_beta2)
+        self.optimizer = dense_optimizer(self.model, training.optimizer, lr=training.learning_rate, betas=betas, weight_decay=training.weight_decay)
+        decay = training.weight_decay if training.optimizer == "adamw" else 0.0
+        self.table_optimizer = TableOptimizer(self.model.table, training.table_optimizer, betas=betas, weight_decay=decay, l2_emb=training.l2_emb)
+        self.scaler = LossScaler(training.precision == "fp16")
+        self.candidates = candidate_ids(config, store)
+        self.total_steps = training.max_steps or self.order.num_batches * training.num_epochs
+        self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and updates done
+        self.best_value, self.best_name, self.evaluations_since_best = math.nan, "", 0
+        self.loss_sum, self.loss_count = 0.0, 0  # since the last log line
+        self.stop_signal = 0
+
+    # ---- training ----
+
+    def fit(self) -> None:
+        """Train to the end, or until a signal or the patience stops it; evaluates and saves on the way."""
+        if self.run.resume_from is not None:
+            self._resume(self.run.resume_from)
+        with self._signals_noted():
+            while self.step < self.total_steps and not self._out_of_patience():
+                self._train_epoch()
+                if self.stop_signal:
+                    self.save(None)
+                    return
+
+    def _train_epoch(self) -> None:
+        """The rest of the present epoch, from self.batch on; then evaluation and a checkpoint."""
+        self.order.start_epoch(self.epoch)
+        last = min(self.order.num_batches, self.batch + self.total_steps - self.step)
+        built = prefetch(self._build, range(self.batch, last), self.config.data.num_workers, self.config.data.prefetch_batches)
+        self._start_clock()
+        self.model.train()
+        for _ in range(self.batch, last):
+            before = time.perf_counter()
+            batch, features = move(next(built), self.device)
+            self._waited += time.perf_counter() - before
+            self._update(batch, features)
+            self.batch, self.step = self.batch + 1, self.step + 1
+            self._users += batch.users.shape[0]
+            if self.step % self.config.system.log_every_steps == 0 or self.step == self.total_steps:
+                self._log_line()
+            if self.stop_signal:
+                built.close()
+                return
+            every = self.config.training.save_every_steps
+            if every and self.step % every == 0 and self.batch < last:
+                self.save(None)
+        self._finish_epoch(whole=self.batch == self.order.num_batches)
+
+    def _finish_epoch(self, whole: bool) -> None:
+        if whole:
+            self.epoch, self.batch = self.epoch + 1, 0
+        ends = self.step >= self.total_steps
+        valid_loss = None
+        is_best = False
+        if ends or self.epoch % self.config.eval.eval_every_epochs == 0:
+            valid_loss, is_best = self._validate()
+        if ends or is_best or self._out_of_patience() or self.epoch % self.config.system.save_frequency == 0:
+            path = self.save(valid_loss)
+            if whole:
+                checkpoints.link(self.run.checkpoint_dir, f"checkpoint_epoch_{self.epoch}.pt", path)
+
+    def _build(self, number: int) -> tuple[Batch, FeatureInputs]:
+        batch = self.builder.training(self.order.samples(number), self.epoch, number)
+        built = batch, self.columns.gather(batch.unique_ids.numpy(), batch.users.numpy())
+        return move(built, self.device, pin=True) if self.device.type == "cuda" else built
+
+    def _update(self, batch: Batch, features: FeatureInputs) -> None:
+        """One step: forward, backward, one norm over dense and sparse gradients, then all updates."""
+        training = self.config.training
+        with self._autocast():
+            query, item_emb = self.model(batch, features)
+        loss = self.loss(query, item_emb, batch)
+        (loss * self.scaler.scale).backward()
+        touched = [(rows, leaf.grad) for rows, leaf in self.model.table.pop_touched() if leaf.grad is not None]
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None] + [grad for _, grad in touched]
+        loss_scale = self.scaler.scale
+        norm = gradient_norm(grads) / loss_scale
+        self._last_norm = float(norm)  # the one sync point of a step: no update may follow a gradient that is not finite
+        finite = math.isfinite(self._last_norm) and math.isfinite(float(loss.detach()))
+        if self.scaler.enabled:
+            self.scaler.update(finite)
+        if not finite and not (self.scaler.enabled and self.scaler.scale >= 1.0):
+            self._report_not_finite(batch, float(loss.detach()))
+        if finite:
+            factor = self.learning_rate_factor(self.step)
+            scale = clip_scale(norm, training.gradient_clip) / loss_scale
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+            for group in self.optimizer.param_groups:
+                group["lr"] = training.learning_rate * factor
+            self.optimizer.step()
+            self.table_optimizer.begin_step()
+            for rows, grad in touched:
+                self.table_optimizer.step(rows, grad, (training.table_learning_rate or training.learning_rate) * factor, scale)
+            self.loss_sum, self.loss_count = self.loss_sum + float(loss.detach()), self.loss_count + 1
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def learning_rate_factor(self, step: int) -> float:
+        training = self.config.training
+        return learning_rate_factor(step, schedule=training.lr_scheduler, warmup_steps=training.warmup_steps, total_steps=self.total_steps,
+                                    min_lr_ratio=training.min_lr_ratio, gamma=training.lr_gamma,
+                                    steps_per_drop=training.lr_step_epochs * self.order.num_batches)  # fmt: skip
+
+    def _autocast(self):
+        dtype = AUTOCAST.get(self.config.training.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def _report_not_finite(self, batch: Batch, loss: float) -> None:
+        """Raise RunError before anything is updated, naming tensors and samples."""
+        bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        weights = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        users = ", ".join(self.store.raw_user_ids.take(batch.users[:5].cpu().numpy()))
+        raise RunError(f"step {self.step + 1}, epoch {self.epoch}: the loss is {loss}, the gradient norm {self._last_norm}; stopped before the update.\n"
+                       f"not finite: {', '.join(['weights of ' + n for n in weights] + ['gradient of ' + n for n in bad][:5]) or 'rows of the table'}; "
+                       f"the batch's users begin with {users}.\nLower learning_rate, set gradient_clip, or look at these users' data.")  # fmt: skip
+
+    # ---- logs ----
+
+    def _start_clock(self) -> None:
+        self._waited, self._users, self._clock = 0.0, 0, time.perf_counter()
+
+    def _log_line(self) -> None:
+        seconds = max(time.perf_counter() - self._clock, 1e-9)
+        steps_done = self._users / max(1, self.config.training.batch_size)
+        self.logger.train_line({
+            "global_step": self.step, "epoch": self.epoch, "loss": self.loss_sum / max(1, self.loss_count), "time": time.time(),
+            "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self._last_norm, "users_per_s": self._users / seconds,
+            "data_wait": self._waited / seconds, "rss_gib": rss_gib(), "total_steps": self.total_steps,
+            "time_left": (self.total_steps - self.step) * seconds / max(steps_done, 1e-9)})  # fmt: skip
+        self.loss_sum, self.loss_count = 0.0, 0
+        self._start_clock()
+
+    # ---- evaluation ----
+
+    def _ranker(self) -> Ranker:
+        config = self.config
+        return Ranker(self.model, self.columns, self.candidates, device=self.device, batch_size=config.eval.eval_batch_size, num_workers=config.data.num_workers,
+                      prefetch_batches=config.data.prefetch_batches, temperature=config.loss.temperature if config.loss.name != "bce" else 1.0)  # fmt: skip
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Metrics of the model as it is: hr@k, ndcg@k, score and loss."""
+        config = self.config.eval
+        ranking = self._ranker().rank(split, max(config.top_k), config.remove_seen)
+        return split_metrics(self.store, split, ranking.topk_ids, config.top_k, config.score_round) | {"loss": ranking.loss}
+
+    def _validate(self) -> tuple[float, bool]:
+        """Evaluate on the validation split; returns (loss, whether it is the best so far)."""
+        metrics = self.evaluate(self.splits.valid)
+        name = self.config.eval.best_metric
+        value = metrics[name]
+        is_best = math.isnan(self.best_value) or (value < self.best_value if name in LOWER_IS_BETTER else value > self.best_value)
+        self.logger.eval_line(self.step, self.epoch, "valid", metrics, None if math.isnan(self.best_value) else {name: self.best_value})
+        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
+        if is_best:
+            self.best_value, self.best_name = float(value), checkpoints.checkpoint_name(self.step, metrics["loss"])
+        self._valid_metrics = metrics
+        return metrics["loss"], is_best
+
+    def _out_of_patience(self) -> bool:
+        training = self.config.training
+        return bool(training.patience and not training.max_steps and self.evaluations_since_best >= training.patience)
+
+    def test(self) -> dict:
+        """Load the best checkpoint, evaluate it on the test split beside the baselines, and write metrics.json."""
+        best = self.run.checkpoint_dir / self.best_name
+        self.model.load_state_dict(checkpoints.load_checkpoint(best, with_trainer=False).model_state)
+        return write_test_metrics(self, best)
+
+    # ---- checkpoints ----
+
+    def save(self, valid_loss: float | None) -> Path:
+        """Write a checkpoint of this very moment, update the links, remove what is not to be kept."""
+        root = self.run.checkpoint_dir
+        path = checkpoints.save_checkpoint(root, step=self.step, valid_loss=valid_loss, model_state=self.model.state_dict(),
+                                           trainer_state=self._trainer_state(), meta=self._meta())  # fmt: skip
+        best = root / self.best_name
+        if self.best_name == path.name:
+            checkpoints.link(root, "best_model.pt", path)
+        checkpoints.prune(root, self.config.training.keep_last_k, keep=[best] if self.best_name else [])
+        write_status(self.run.log_dir, "running", self.step)
+        return path
+
+    def _trainer_state(self) -> dict:
+        return {
+            "epoch": self.epoch, "batch": self.batch, "step": self.step, "best_value": self.best_value, "best_name": self.best_name,
+            "evaluations_since_best": self.evaluations_since_best, "loss_sum": self.loss_sum, "loss_count": self.loss_count,
+            "optimizer": self.optimizer.state_dict(), "table_optimizer": self.table_optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }  # fmt: skip
+
+    def _meta(self) -> dict:
+        """What infer() and a resumed run need to know of the run: settings, schema, the table's fields, the data's shape."""
+        return {
+            "config": self.config.to_dict(), "schema": self.store.schema.to_dict(), "layout": self.layout.to_list(), "embeddings": list(self.embeddings),
+            "num_items": self.store.num_items, "num_users": self.store.num_users, "store": self.store.manifest["fingerprint"],
+            "epoch": self.epoch, "metrics": getattr(self, "_valid_metrics", {}), "torch": torch.__version__,
+        }  # fmt: skip
+
+    def _resume(self, path: Path) -> None:
+        loaded = checkpoints.load_checkpoint(path, with_trainer=True)
+        check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
+        if loaded.meta["store"] != self.store.manifest["fingerprint"]:
+            self.logger.warn_once(f"the data's files changed since {path.name} was written; same schema and sizes, going on.")
+        differing = [key for key in ORDER_SETTINGS if _leaf(loaded.meta["config"], key) != _leaf(self.config.to_dict(), key)]
+        if differing:
+            raise UserError(f"--resume: {', '.join(differing)} differ from the checkpoint's ({path}); they decide which users come next.\n"
+                            "Give the run's own settings, or start anew from its weights with --state_dict_path.")  # fmt: skip
+        state = loaded.trainer_state
+        self.model.load_state_dict(loaded.model_state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.table_optimizer.load_state_dict(state["table_optimizer"])
+        self.scaler.__dict__.update(state["scaler"])
+        for name in ("epoch", "batch", "step", "best_value", "best_name", "evaluations_since_best", "loss_sum", "loss_count"):
+            setattr(self, name, state[name])
+        best = self.run.checkpoint_dir / self.best_name
+        if self.best_name and best.is_dir():
+            checkpoints.link(self.run.checkpoint_dir, "best_model.pt", best)  # a kill between a save and its link left the old one
+        else:  # going on in another run's folder: the next evaluation is the best so far
+            self.best_value, self.best_name, self.evaluations_since_best = math.nan, "", 0
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.logger.say(f"resumed at step {self.step} from {path}")
+
+    @contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the present step, with a checkpoint; a second one ends it at once."""
+
+        def note(number: int, _frame: object) -> None:
+            if self.stop_signal:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, note) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
+
+
+def _leaf(tree: dict, key: str) -> object:
+    return next((group[key] for group in tree.values() if key in group), None)
+
+
+def check_compatible(meta: dict, config: Config, layout: TableLayout, embeddings: tuple[str, ...], path: Path) -> None:
+    """UserError where a checkpoint's model settings or table do not fit; names each difference."""
+    saved, present = meta["config"]["model"], config.to_dict()["model"]
+    different = [f"{key}: {saved.get(key)} there, {value} here" for key, value in present.items() if saved.get(key) != value]
+    if meta["layout"] != layout.to_list():
+        different.append("the data: other features, or other numbers of items, users or values")
+    if meta["embeddings"] != list(embeddings):
+        different.append(f"multimodal_features: {meta['embeddings']} there, {list(embeddings)} here")
+    if different:
+        raise UserError(f"{path}: a checkpoint of another model ({'; '.join(different)}).\nGive its settings, or another checkpoint.")
+
+
+def write_test_metrics(trainer: Trainer, checkpoint_path: Path) -> dict:
+    """Evaluate the trainer's present weights on the test split, add the baselines, write metrics.json (flat), and return it."""
+    config = trainer.config.eval
+    metrics = trainer.evaluate(trainer.splits.test)
+    result = {
+        "split": "test", "protocol": config.protocol, **metrics, "num_users": trainer.splits.test.num_samples, "num_candidates": len(trainer.candidates),
+        "seen_removed": config.remove_seen, "checkpoint": str(checkpoint_path), "step": trainer.step, "epoch": trainer.epoch,
+    }  # fmt: skip
+    if config.baselines:
+        baselines = Baselines(trainer.store, trainer.splits.train, trainer.candidates, config.remove_seen)
+        result |= baseline_metrics(baselines, trainer.splits.test, config.top_k, config.score_round)
+    trainer.logger.eval_line(trainer.step, trainer.epoch, "test", result, None)
+    write_text_atomic(trainer.run.log_dir / "metrics.json", json.dumps(result, indent=1) + "\n")
+    return result
