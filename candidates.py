@@ -90,7 +90,9 @@ def normalise_column(column: pa.Array) -> tuple[list, list[tuple[int, str]]]:
     if pa.types.is_integer(column.type):
         whole = column
     elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        if pc.all(pc.match_substring_regex(column, r"^(0|[1-9][0-9]{0,18})$")).as_py():  # 19 digits fit 64 bits; longer ones take the slow way
+        if pc.all(
+            pc.match_substring_regex(column, r"^(0|[1-9][0-9]{0,18})$")
+        ).as_py():  # 19 digits fit 64 bits; longer ones take the slow way
             whole = column.cast(pa.uint64())
     if whole is not None and (pa.types.is_unsigned_integer(whole.type) or (pc.min(whole).as_py() or 0) >= 0):
         return (whole.to_pylist() if whole.null_count else whole.to_numpy().tolist()), []

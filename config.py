@@ -107,7 +107,7 @@ class TrainingConfig(_Group):
     l2_emb: float = setting(0.0, "L2 penalty of the joint table; it acts on the rows touched by a step only.", minimum=0)
     adam_beta1: float = setting(0.9, "Adam's decay of the first moment.", minimum=0, below=1)
     adam_beta2: float = setting(0.98, "Adam's decay of the second moment.", minimum=0, below=1)
-    table_optimizer: str = setting("rowwise_adagrad", "Optimiser of the joint table, touched rows only: rowwise_ keeps one state value a"
+    table_optimizer: str = setting("rowwise_adam", "Optimiser of the joint table, touched rows only: rowwise_ keeps one state value a"
                                    " row, adam two for each weight.", choices=("rowwise_adagrad", "rowwise_adam", "adam"))  # fmt: skip
     table_learning_rate: float = setting(0.0, "Highest learning rate of the joint table; 0 = learning_rate.", minimum=0)
     lr_scheduler: str = setting("cosine", "Course of the learning rate after the warm-up; none = constant.",

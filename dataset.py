@@ -106,12 +106,16 @@ def make_splits(store, *, protocol: str, holdout_fraction: float, target: str, s
         held, kept = np.sort(order[:num_held]), np.sort(order[num_held:])
         train = Split(kept, begin[kept], end[kept], np.full_like(kept, -1))
         half = np.isin(held, order[: num_held // 2], assume_unique=True)
-        valid, test = (_held_out(store, held[mask], begin, end, target, name, notes) for mask, name in ((half, "validation"), (~half, "test")))
+        valid, test = (
+            _held_out(store, held[mask], begin, end, target, name, notes) for mask, name in ((half, "validation"), (~half, "test"))
+        )
     train = train.take(np.flatnonzero(train.end > train.begin))
     for name, split in (("training", train), ("validation", valid), ("test", test)):
         if not split.num_samples:
-            raise UserError(f"the {name} split is empty: {store.num_users:,} users, protocol {protocol}, target {target}.\n"
-                            "Give more users, a larger eval.holdout_fraction, or another eval.protocol.")  # fmt: skip
+            raise UserError(
+                f"the {name} split is empty: {store.num_users:,} users, protocol {protocol}, target {target}.\n"
+                "Give more users, a larger eval.holdout_fraction, or another eval.protocol."
+            )
     if max_eval_users:
         valid, test = (_subset(split, max_eval_users, seed, notes, name) for split, name in ((valid, "validation"), (test, "test")))
     return Splits(train, valid, test, notes)
@@ -128,7 +132,9 @@ def _held_out(store, users: np.ndarray, begin: np.ndarray, end: np.ndarray, targ
                 position[row] = begin[user] + clicks[-1]
     usable = position >= begin[users]
     if skipped := int((~usable).sum()):
-        notes.append(f"{skipped:,} of {len(users):,} {name} users have no {'click' if target == 'last_click' else 'event'} and are not evaluated")
+        notes.append(
+            f"{skipped:,} of {len(users):,} {name} users have no {'click' if target == 'last_click' else 'event'} and are not evaluated"
+        )
     users, position = users[usable], position[usable]
     return Split(users, begin[users], position, position)
 
@@ -262,11 +268,26 @@ class BatchBuilder:
         else:
             unique, (item_index, target_index, negatives, shared) = self._deduplicate(items, targets, negatives, shared)
             candidates = np.unique(shared)
-        return Batch(*map(torch.from_numpy, (
-            split.users, lengths, owner, positions, item_index,
-            np.where(first, 0, store.action_types[previous].astype(np.int64) + 1),
-            np.where(first, 0, store.timestamps[previous]),
-            target_index, store.action_types[events].astype(np.int64), negatives, candidates, unique)), int(lengths.max()))  # fmt: skip
+        return Batch(
+            *map(
+                torch.from_numpy,
+                (
+                    split.users,
+                    lengths,
+                    owner,
+                    positions,
+                    item_index,
+                    np.where(first, 0, store.action_types[previous].astype(np.int64) + 1),
+                    np.where(first, 0, store.timestamps[previous]),
+                    target_index,
+                    store.action_types[events].astype(np.int64),
+                    negatives,
+                    candidates,
+                    unique,
+                ),
+            ),
+            int(lengths.max()),
+        )
 
     def evaluation(self, samples: np.ndarray) -> Batch:
         """An evaluation batch: the user token and the last max_seq_length input events; the query is each user's last token."""
@@ -281,12 +302,30 @@ class BatchBuilder:
         times[positions > 0] = store.timestamps[events]
         unique, (item_index,) = self._deduplicate(items)
         nothing = np.zeros(0, dtype=np.int64)
-        return Batch(*map(torch.from_numpy, (
-            split.users, lengths, owner, positions, item_index, actions, times,
-            nothing, nothing, np.zeros((len(owner), 0), np.int64), nothing, unique)), int(lengths.max()))  # fmt: skip
+        return Batch(
+            *map(
+                torch.from_numpy,
+                (
+                    split.users,
+                    lengths,
+                    owner,
+                    positions,
+                    item_index,
+                    actions,
+                    times,
+                    nothing,
+                    nothing,
+                    np.zeros((len(owner), 0), np.int64),
+                    nothing,
+                    unique,
+                ),
+            ),
+            int(lengths.max()),
+        )
 
-    def _draw_negatives(self, split: Split, samples: np.ndarray, lengths: np.ndarray, targets: np.ndarray, epoch: int,
-                        step: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    def _draw_negatives(
+        self, split: Split, samples: np.ndarray, lengths: np.ndarray, targets: np.ndarray, epoch: int, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(negatives of each token (N, K), items that all tokens share (C,))."""
         nothing = np.zeros((int(lengths.sum()), 0), dtype=np.int64), np.zeros(0, dtype=np.int64)
         if self.negatives is None or self.negatives.kind == "all":
@@ -297,11 +336,20 @@ class BatchBuilder:
             if not self.negatives.in_batch:
                 return nothing[0], uniform
             most = self.negatives.max_in_batch
-            return nothing[0], np.concatenate([uniform, random.choice(targets, most, replace=False) if 0 < most < len(targets) else targets])
+            return nothing[0], np.concatenate(
+                [uniform, random.choice(targets, most, replace=False) if 0 < most < len(targets) else targets]
+            )
         owner, positions = _owner_and_positions(lengths)
         drawn = uniform_negatives(
-            sample_of_token=owner, samples=samples, position=positions, num_negatives=self.negatives.num_negatives,
-            num_items=self.store.num_items, history=_history_keys(self.store, split), seed=self.seed, epoch=epoch)  # fmt: skip
+            sample_of_token=owner,
+            samples=samples,
+            position=positions,
+            num_negatives=self.negatives.num_negatives,
+            num_items=self.store.num_items,
+            history=_history_keys(self.store, split),
+            seed=self.seed,
+            epoch=epoch,
+        )
         return drawn, nothing[1]
 
 
@@ -312,15 +360,29 @@ def _history_keys(store, split: Split) -> np.ndarray:
     return np.sort(np.repeat(np.arange(len(counts), dtype=np.int64), counts) * (store.num_items + 1) + items)
 
 
-def uniform_negatives(*, sample_of_token: np.ndarray, samples: np.ndarray, position: np.ndarray, num_negatives: int, num_items: int,
-                      history: np.ndarray, seed: int, epoch: int, max_draws: int = 32) -> np.ndarray:  # fmt: skip
+def uniform_negatives(
+    *,
+    sample_of_token: np.ndarray,
+    samples: np.ndarray,
+    position: np.ndarray,
+    num_negatives: int,
+    num_items: int,
+    history: np.ndarray,
+    seed: int,
+    epoch: int,
+    max_draws: int = 32,
+) -> np.ndarray:
     """Uniform items (N, K) outside each user's history, by rejection; draw d of a token is a hash of (seed, epoch, sample, position, k, d).
 
     history: sorted keys of `_history_keys`. Where max_draws draws all fall into the history (a user who has seen nearly
     everything), the last draw stays: there is hardly a negative to be had.
     """
     row = np.repeat(sample_of_token, num_negatives)
-    words = (np.repeat(samples[sample_of_token], num_negatives), np.repeat(position, num_negatives), np.tile(np.arange(num_negatives), len(position)))
+    words = (
+        np.repeat(samples[sample_of_token], num_negatives),
+        np.repeat(position, num_negatives),
+        np.tile(np.arange(num_negatives), len(position)),
+    )
     drawn = np.zeros(len(row), dtype=np.int64)
     todo = np.arange(len(row))
     for draw in range(max_draws):

@@ -44,7 +44,8 @@ class RowProjection(nn.Module):
     """The first linear layer of a tower on the concatenation of its features' vectors, as a sum over features.
 
     A linear layer on concat(v_1 .. v_k) is the sum of W_f v_f. So each unique row is projected once (R x E x D instead of
-    M x k x E x D multiplications), and an item gathers and sums projected rows. With `project` off the vectors are summed as they are (E = D).
+    M x k x E x D multiplications), and an item gathers and sums projected rows. With `project` off the vectors are summed as they
+    are (E = D).
     """
 
     def __init__(self, fields: tuple[Field, ...], table_width: int, width: int, project: bool) -> None:
@@ -53,7 +54,7 @@ class RowProjection(nn.Module):
         self.width = width
         self.weight = None
         if project and fields:
-            # Each W_f as one block of a layer with fan-in k * E, at twice Glorot's variance less fan-out: items start at the scale of their vectors.
+            # Fan-in E, not k * E: each feature keeps the scale of its vectors, as it would in a plain sum.
             self.weight = nn.Parameter(torch.empty(len(fields), table_width, width).normal_(0.0, table_width**-0.5))
 
     def forward(self, local: Tensor, inputs: SideInputs) -> Tensor:
@@ -77,4 +78,6 @@ def pooled(vectors: Tensor, ragged: Ragged) -> Tensor:
     """Weighted sum of each thing's rows: vectors (R, D) -> (M, D); a thing without values gets zeros."""
     if not ragged.index.numel():
         return vectors.new_zeros(ragged.offsets.shape[0], vectors.shape[1])
-    return F.embedding_bag(ragged.index, vectors, ragged.offsets, mode="sum", per_sample_weights=ragged.weights.to(vectors.dtype), padding_idx=0)
+    return F.embedding_bag(
+        ragged.index, vectors, ragged.offsets, mode="sum", per_sample_weights=ragged.weights.to(vectors.dtype), padding_idx=0
+    )

@@ -20,7 +20,7 @@ from dataset import BatchBuilder, Split, generator, prefetch, ragged_arange
 from features import FeatureColumns
 from metrics import RankingMetrics, action_weights
 from model import Recommender
-from retrieval import topk_exact
+from retrieval import Catalogue, prepare_catalogue, topk_exact
 
 ITEM_CHUNK = 16_384  # items encoded at once: keeps the tower's temporaries near 100 MiB at width 64
 LOSS_SAMPLE = 10_000  # candidates that stand for all in the validation loss
@@ -53,8 +53,18 @@ class Ranker:
     candidate_ids: (C,) ids of the store's items, any order; the result is independent of the order. Answers tie-break by lowest id.
     """
 
-    def __init__(self, model: Recommender, columns: FeatureColumns, candidate_ids: np.ndarray, *, device: torch.device, batch_size: int,
-                 num_workers: int = 1, prefetch_batches: int = 4, temperature: float = 1.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: Recommender,
+        columns: FeatureColumns,
+        candidate_ids: np.ndarray,
+        *,
+        device: torch.device,
+        batch_size: int,
+        num_workers: int = 1,
+        prefetch_batches: int = 4,
+        temperature: float = 1.0,
+    ) -> None:
         self.model, self.columns, self.store, self.device = model, columns, columns.store, device
         self.candidate_ids = np.unique(candidate_ids)
         self.batch_size, self.num_workers, self.prefetch_batches, self.temperature = batch_size, num_workers, prefetch_batches, temperature
@@ -96,6 +106,7 @@ class Ranker:
         fill: a user who has seen so much that fewer than k candidates are left gets the best of the seen ones after them.
         """
         candidates = self.encode_candidates()
+        catalogue = prepare_catalogue(candidates)
         k_found = min(k, len(self.candidate_ids))
         ids = np.zeros((split.num_samples, k), dtype=np.int64)
         scores = np.full((split.num_samples, k), -np.inf, dtype=np.float32)
@@ -103,9 +114,11 @@ class Ranker:
         losses = []
         for samples, query in self.encode_users(split):
             part = split.take(samples)
-            found_scores, found = (t.cpu().numpy() for t in topk_exact(query, candidates, k_found, exclude=self._seen(part) if remove_seen else None))
+            found_scores, found = (
+                t.cpu().numpy() for t in topk_exact(query, catalogue, k_found, exclude=self._seen(part) if remove_seen else None)
+            )
             if fill and (found < 0).any():
-                found, found_scores = _filled(found, found_scores, query, candidates)
+                found, found_scores = _filled(found, found_scores, query, catalogue)
             ids[samples, :k_found] = np.where(found >= 0, self.candidate_ids[found], 0)
             scores[samples, :k_found] = found_scores
             losses.append(self._target_losses(query, candidates, part))
@@ -127,7 +140,9 @@ class Ranker:
         place = np.where(split.target >= 0, self._place[self.store.item_ids[np.maximum(split.target, 0)]], -1)
         rows = torch.from_numpy(np.flatnonzero(place >= 0)).to(self.device)
         target = torch.from_numpy(place[place >= 0]).to(self.device)
-        sample = generator(LOSS_KEY).permutation(len(candidates))[:LOSS_SAMPLE] if len(candidates) > LOSS_SAMPLE else np.arange(len(candidates))
+        sample = (
+            generator(LOSS_KEY).permutation(len(candidates))[:LOSS_SAMPLE] if len(candidates) > LOSS_SAMPLE else np.arange(len(candidates))
+        )
         sample = torch.from_numpy(sample).to(self.device)
         logits = query[rows] @ candidates[sample].T / self.temperature
         logits.masked_fill_(sample == target[:, None], -torch.inf)
@@ -135,11 +150,11 @@ class Ranker:
         return F.cross_entropy(torch.cat((own, logits), dim=1), torch.zeros_like(target), reduction="none")
 
 
-def _filled(found: np.ndarray, scores: np.ndarray, query: Tensor, candidates: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _filled(found: np.ndarray, scores: np.ndarray, query: Tensor, catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
     """Replace the empty places of (B, k) rankings by the best candidates that are not in the row yet."""
     rows = np.flatnonzero((found < 0).any(axis=1))
     found, scores = found.copy(), scores.copy()
-    more_scores, more = (t.cpu().numpy() for t in topk_exact(query[torch.from_numpy(rows).to(query.device)], candidates, found.shape[1]))
+    more_scores, more = (t.cpu().numpy() for t in topk_exact(query[torch.from_numpy(rows).to(query.device)], catalogue, found.shape[1]))
     for row, extra, extra_scores in zip(rows, more, more_scores):
         empty = np.flatnonzero(found[row] < 0)
         new = np.flatnonzero((extra >= 0) & ~np.isin(extra, found[row]))[: len(empty)]

@@ -108,10 +108,14 @@ def choose_embeddings(store_or_schema_has, schema: Schema, wanted: str | list[st
     chosen = tuple(dict.fromkeys(str(i) for i in wanted))
     for feature_id in chosen:
         if feature_id not in known:
-            raise UserError(f"multimodal_features: {feature_id!r} is not an embedding of this data's schema; it has {', '.join(known) or 'none'}.")
+            raise UserError(
+                f"multimodal_features: {feature_id!r} is not an embedding of this data's schema; it has {', '.join(known) or 'none'}."
+            )
         if not store_or_schema_has(feature_id):
-            raise UserError(f"multimodal_features: the data has no vectors of {feature_id} (creative_emb/emb_{feature_id}_* or mm_emb/emb_{feature_id}_*_parquet).\n"
-                            "Add them, or take it off the list ('auto' uses 81 where present).")  # fmt: skip
+            raise UserError(
+                f"multimodal_features: the data has no vectors of {feature_id} in creative_emb/ or mm_emb/.\n"
+                "Add them, or take it off the list ('auto' uses 81 where present)."
+            )
     return chosen
 
 
@@ -159,7 +163,9 @@ class FeatureColumns:
         multi = [self.store.user_multi[f.name].gather(users) for f in self._users if f.kind == "multi"]
         return self._inputs(self._users, columns, multi, ())
 
-    def _inputs(self, fields: tuple[Field, ...], single: np.ndarray, multi: list[tuple[np.ndarray, np.ndarray]], dense: tuple[Dense, ...]) -> SideInputs:
+    def _inputs(
+        self, fields: tuple[Field, ...], single: np.ndarray, multi: list[tuple[np.ndarray, np.ndarray]], dense: tuple[Dense, ...]
+    ) -> SideInputs:
         singles, multis = ([f for f in fields if f.kind == kind] for kind in ("single", "multi"))
         rows = _to_rows(single, singles)
         ragged_rows = [_to_rows(values[:, None], [f])[:, 0] for (values, _), f in zip(multi, multis)]

@@ -39,7 +39,11 @@ def infer() -> tuple[list[list[int | str]], list[str]]:
     result_path = os.environ.get("EVAL_RESULT_PATH") or ""
     loaded = load_checkpoint(_checkpoint_in(model_path), with_trainer=False)
     meta = loaded.meta
-    config, layout, embeddings = Config.from_dict(meta["config"]), TableLayout.from_list(meta["layout"]), tuple(meta["embeddings"])
+    config, layout, embeddings = (
+        Config.from_dict(meta["config"], f"{loaded.path}/meta.json"),
+        TableLayout.from_list(meta["layout"]),
+        tuple(meta["embeddings"]),
+    )
     schema = Schema.from_dict(meta["schema"], f"{loaded.path}/meta.json")
     cache_path = os.environ.get("USER_CACHE_PATH") or (os.path.join(result_path, "cache") if result_path else "./cache")
     store = open_store(data_path, Path(cache_path), kind="predict", embeddings=embeddings, max_bad_lines=config.data.max_bad_lines)
@@ -58,7 +62,9 @@ def infer() -> tuple[list[list[int | str]], list[str]]:
 def _folder(variable: str, what: str) -> Path:
     value = os.environ.get(variable) or ""
     if not value:
-        raise UserError(f"{variable} is not set: it names {what}.\nFor example: MODEL_OUTPUT_PATH=checkpoints/RUN/best_model.pt EVAL_DATA_PATH=data-eval python infer.py")
+        raise UserError(
+            f"{variable} is not set: it names {what}.\nFor example: MODEL_OUTPUT_PATH=checkpoints/RUN/best_model.pt EVAL_DATA_PATH=data-eval python infer.py"
+        )
     if not Path(value).exists():
         raise UserError(f"{variable}={value}: no such file or folder; it names {what}.")
     return Path(value)
@@ -74,7 +80,9 @@ def _checkpoint_in(path: Path) -> Path:
     best = path / "best_model.pt"
     if best.exists():
         return best
-    raise UserError(f"MODEL_OUTPUT_PATH={path}: expected a checkpoint folder (model.pt, meta.json), found {len(inside)} folders global_step*.\nName one of them.")
+    raise UserError(
+        f"MODEL_OUTPUT_PATH={path}: expected a checkpoint folder (model.pt, meta.json), found {len(inside)} folders global_step*.\nName one of them."
+    )
 
 
 def _check_fit(store, meta: dict, schema: Schema, checkpoint_path: Path, data_path: Path) -> None:
@@ -85,7 +93,9 @@ def _check_fit(store, meta: dict, schema: Schema, checkpoint_path: Path, data_pa
         raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank.")
     missing = [i for i in meta["embeddings"] if not store.has_embedding(i)]
     if missing:
-        raise UserError(f"{data_path}: the model uses the embeddings {', '.join(missing)}, which the data lacks (creative_emb/ or mm_emb/).")
+        raise UserError(
+            f"{data_path}: the model uses the embeddings {', '.join(missing)}, which the data lacks (creative_emb/ or mm_emb/)."
+        )
     if store.schema.features != schema.features:
         raise UserError(f"{data_path}: its schema differs from the one the checkpoint {checkpoint_path} was trained with.")
 

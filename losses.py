@@ -14,8 +14,8 @@ C = 1,024: 2.7 (0.25 MB), 2.5 (0.5 MB), 2.5 (1 MB), 3.0 (4 MB). C = 12,101: 50 (
 41 (12 MB), 87 (49 MB). The products alone take 2.3 and 27. Hence CHUNK_ENTRIES (the two cores share the rows) and MIN_CHUNK.
 Rejected: torch.softmax in place (twice the time of subtract, exp, sum; the division goes into the D-wide side of the products);
 blocks of candidates with an online logsumexp (a fourth product to save 8 % at 12 MB); a pass that divides the probabilities.
-The two gradient products run in bfloat16 where the inputs are bfloat16 (a quarter less time with AMX); the logits never do, since
-torch's CPU product would round them to bfloat16: 0.06 at a logit of 20.
+All products run in float32: bfloat16 logits would be off by 0.06 at a logit of 20, and bfloat16 gradient products gained nothing (18 % more
+time at C = 12,101, for the casts).
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ def softmax_loss(
     weights: Tensor | None = None,
     chunk_size: int = 0,
 ) -> Tensor:
-    """Softmax cross-entropy of each token's target among itself and C shared candidates (sampled softmax), or among all items (full softmax).
+    """Softmax cross-entropy of each token's target among itself and C shared candidates (sampled softmax) or all items (full softmax).
 
     Logits are query . item / temperature - log_q, the target's too (Yi et al. 2019, Sampling-bias-corrected neural modeling, eq. 3).
     query: (N, D). item_emb: (M, D), each item once; cosine similarity is the caller's: normalised vectors. target_index: (N,) int64 into
-    item_emb. temperature: above 0. candidate_index: (C,) int64 into item_emb, each once; a token's own target among them counts as its target
-    only, never as a negative; None = all M. log_q: (M,) or None, see `log_expected_count`; no gradient flows into it. weights: (N,) or None.
+    item_emb. temperature: above 0. candidate_index: (C,) int64 into item_emb, each once; a token's own target among them counts as its
+    target only, never as a negative; None = all M. log_q: (M,) or None, see `log_expected_count`; no gradient flows into it.
+    weights: (N,) or None.
     chunk_size: tokens a chunk; 0 = automatic; it changes rounding only.
     Returns the mean over tokens, weighted by weights: scalar float32 (float64 for float64 inputs); 0 where there is no token.
     """
@@ -114,7 +115,9 @@ class _SoftmaxLoss(_SavedGradients):
     def forward(ctx, query, item_emb, target_index, temperature, candidate_index, log_q, weights, chunk):
         with torch.autocast(query.device.type, enabled=False):
             with_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-            loss, grad_query, grad_item = _softmax_forward(query, item_emb, target_index, temperature, candidate_index, log_q, weights, chunk, with_grad)
+            loss, grad_query, grad_item = _softmax_forward(
+                query, item_emb, target_index, temperature, candidate_index, log_q, weights, chunk, with_grad
+            )
         _save(ctx, query, item_emb, grad_query, grad_item, 6)
         return loss
 
@@ -122,13 +125,11 @@ class _SoftmaxLoss(_SavedGradients):
 def _softmax_forward(query, item_emb, target_index, temperature, candidate_index, log_q, weights, chunk, with_grad):
     """(loss, gradient of query (N, D), gradient of item_emb (M, D)); the gradients are None without `with_grad`."""
     dtype = _work_dtype(query, item_emb)
-    # bfloat16 gradient products only where both inputs already are: that precision was chosen.
-    grad_dtype = torch.bfloat16 if query.dtype == item_emb.dtype == torch.bfloat16 else dtype
     num_tokens = len(query)
     items = item_emb.detach().to(dtype)  # (M, D)
     candidates = items if candidate_index is None else items.index_select(0, candidate_index)  # (C, D)
-    factor_items = candidates.to(grad_dtype)
-    own_place = None if candidate_index is None else _places(candidate_index, len(items)).index_select(0, target_index)  # (N,), -1 = not among them
+    # (N,) where among the candidates each target stands, -1 where it does not
+    own_place = None if candidate_index is None else _places(candidate_index, len(items)).index_select(0, target_index)
     log_q = None if log_q is None else log_q.detach().to(dtype)
     candidate_log_q = log_q if log_q is None or candidate_index is None else log_q.index_select(0, candidate_index)
     # The weight of each token in the mean: (N,)
@@ -165,14 +166,9 @@ def _softmax_forward(query, item_emb, target_index, temperature, candidate_index
         # d loss / d logits = weight (exp / total - onehot); the factors of a row are applied on the D-wide side.
         factor = (weight / total)[:, None]
         own_factor = (own_exp * factor[:, 0] - weight)[:, None]
-        exp = exp.to(grad_dtype)
-        grad = torch.mm(exp, factor_items).to(dtype).mul_(factor).add_(targets.mul_(own_factor))  # (n, D)
+        grad = torch.mm(exp, candidates).mul_(factor).add_(targets.mul_(own_factor))  # (n, D)
         torch.div(grad, temperature, out=grad_query[part])
-        weighted = scaled * factor
-        if grad_dtype == dtype:
-            grad_candidates.addmm_(exp.T, weighted)
-        else:
-            grad_candidates += torch.mm(exp.T, weighted.to(grad_dtype))
+        grad_candidates.addmm_(exp.T, scaled * factor)
         grad_item.index_add_(0, target, scaled.mul_(own_factor))
     if grad_candidates is not grad_item:
         grad_item.index_add_(0, candidate_index, grad_candidates)

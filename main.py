@@ -1,14 +1,15 @@
 """The main job: settings -> store -> training -> evaluation on the test split -> report; or the evaluation of a checkpoint.
 
-    python main.py                                    train with config.yaml, on demo data where no data is given
-    python main.py --batch_size 64 --lr 0.0005        settings by flag (--help lists them)
-    python main.py --resume                           go on with the newest unfinished run
-    python main.py --inference_only --state_dict_path checkpoints/RUN/best_model.pt
+python main.py                                    train with config.yaml, on demo data where no data is given
+python main.py --batch_size 64 --lr 0.0005        settings by flag (--help lists them)
+python main.py --resume                           go on with the newest unfinished run
+python main.py --inference_only --state_dict_path checkpoints/RUN/best_model.pt
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -23,7 +24,7 @@ from errors import UserError, run_cli
 from features import TableLayout, choose_embeddings
 from logger import RunLogger, peak_rss_gib
 from report import write_report
-from runs import RunPaths, environment, prepare_eval, prepare_run, write_start_files, write_status
+from runs import RunPaths, environment, prepare_eval, prepare_run, restore_status, write_start_files, write_status
 from schema import Schema
 from settings import ParsedArguments, dump_yaml, load_config, print_config, write_config
 from store import Store, has_embedding, open_store
@@ -53,7 +54,15 @@ def train(arguments: ParsedArguments) -> int:
     """Train, test, report; returns the exit status."""
     config, options = with_demo_data(arguments.config), arguments.options
     device = choose_device(config)
-    run = prepare_run(config.paths, run_name=config.system.run_name, resume=options.resume, resume_path=options.resume_path or "", overwrite=options.overwrite)
+    if options.state_dict_path is not None:
+        checkpoints.find_checkpoint(options.state_dict_path)  # a wrong path is said before anything is made
+    run = prepare_run(
+        config.paths,
+        run_name=config.system.run_name,
+        resume=options.resume,
+        resume_path=options.resume_path or "",
+        overwrite=options.overwrite,
+    )
     logger = open_logger(config, run, resume_step=resume_step(run))
     step = 0
     try:
@@ -69,13 +78,19 @@ def train(arguments: ParsedArguments) -> int:
             step = trainer.step
         if trainer.stop_signal:
             write_status(run.log_dir, "interrupted", step, f"signal {trainer.stop_signal}")
-            logger.say(f"interrupted at step {step}; checkpoint written. Go on with: {resume_command(arguments)}")
+            logger.say(f"interrupted at step {step}; checkpoint written. Go on with: {same_command('--resume')}")
             return 128 + trainer.stop_signal
         metrics = trainer.test()
         write_status(run.log_dir, "finished", step)
         report = write_report(run.log_dir)
         say_what_next(logger, run, config, metrics, report)
         return 0
+    except UserError as error:
+        if run.continued or run.resume_from is not None:
+            restore_status(run)
+        else:
+            write_status(run.log_dir, "failed", step, str(error))
+        raise
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         write_status(run.log_dir, "interrupted" if interrupted else "failed", step, f"{type(error).__name__}: {error}")
@@ -97,9 +112,8 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
         check_compatible(loaded.meta, config, trainer.layout, trainer.embeddings, loaded.path)
         write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
         trainer.model.load_state_dict(loaded.model_state)
-        trainer.step, trainer.epoch = loaded.meta["step"], loaded.meta["epoch"]
-        write_test_metrics(trainer, loaded.path)
-        write_status(run.log_dir, "finished", trainer.step)
+        write_test_metrics(trainer, loaded)
+        write_status(run.log_dir, "finished", loaded.meta["step"])
         logger.say(f"metrics: {run.log_dir / 'metrics.json'}; report: {write_report(run.log_dir)}")
         return 0
     except BaseException as error:
@@ -132,7 +146,9 @@ def build_trainer(config: Config, run: RunPaths, logger: RunLogger, device: torc
     data_path = Path(config.paths.data_path)
     schema = Schema.load(data_path)
     embeddings = choose_embeddings(lambda i: has_embedding(data_path, schema[i]), schema, config.data.multimodal_features)
-    store = open_store(data_path, Path(config.paths.cache_path), embeddings=embeddings, max_bad_lines=config.data.max_bad_lines, log=logger.say)
+    store = open_store(
+        data_path, Path(config.paths.cache_path), embeddings=embeddings, max_bad_lines=config.data.max_bad_lines, log=logger.say
+    )
     splits = make_splits(store, protocol=config.eval.protocol, holdout_fraction=config.eval.holdout_fraction, target=config.eval.target,
                          seed=config.system.seed, max_eval_users=config.eval.max_eval_users)  # fmt: skip
     layout = TableLayout.from_store(store, config.model.user_id)
@@ -171,7 +187,9 @@ def choose_device(config: Config) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"--device {name}: this machine has no such CUDA device (torch {torch.__version__}).\nUse --device auto, which takes cuda where there is one.")
+        raise UserError(
+            f"--device {name}: this machine has no such CUDA device (torch {torch.__version__}).\nUse --device auto, which takes cuda where there is one."
+        )
     return device
 
 
@@ -198,7 +216,9 @@ def load_weights(trainer: Trainer, path: Path) -> None:
 def banner(logger: RunLogger, arguments: ParsedArguments, config: Config, run: RunPaths, device: torch.device) -> None:
     from_where = "asked for" if config.system.device != "auto" else ("auto: CUDA found" if device.type == "cuda" else "auto: no CUDA found")
     demo = {"data_path": "demo data, no path was given"} if not arguments.config.paths.data_path else {}
-    rows = [("device", f"{device} ({from_where}), {torch.get_num_threads()} threads, {config.training.precision}, torch {torch.__version__}")]
+    rows = [
+        ("device", f"{device} ({from_where}), {torch.get_num_threads()} threads, {config.training.precision}, torch {torch.__version__}")
+    ]
     rows += [(key, f"{getattr(config.paths, key) or chosen}  ({demo.get(key) or (arguments.origins[key] if getattr(config.paths, key) else 'chosen')})")
              for key, chosen in (("data_path", ""), ("cache_path", ""), ("log_path", run.log_dir), ("tensorboard_path", run.tensorboard_dir),
                                  ("checkpoint_path", run.checkpoint_dir))]  # fmt: skip
@@ -228,9 +248,10 @@ def model_table(logger: RunLogger, trainer: Trainer) -> None:
     logger.table([*rows, ("all", "", total, f"{total * 4 / 2**20:.1f} MiB")], ("part", "kind", "parameters", "memory"), title="model")
 
 
-def resume_command(arguments: ParsedArguments) -> str:
-    words = [word for word in sys.argv[1:] if word != "--resume"]
-    return " ".join(["python main.py", *words, "--resume"])
+def same_command(*more: str) -> str:
+    """The command line of this run with other things asked for besides its settings."""
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    return shlex.join(["python", "main.py", *words, *more])
 
 
 def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dict, report: Path) -> None:
@@ -239,7 +260,7 @@ def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dic
         ("best checkpoint", run.checkpoint_dir / "best_model.pt"), ("metrics", run.log_dir / "metrics.json"), ("report", report),
         ("peak memory", f"{peak_rss_gib():.2f} GiB"),
         ("watch", f"tensorboard --logdir {run.tensorboard_dir}"),
-        ("evaluate again", f"python main.py --inference_only --state_dict_path {run.checkpoint_dir / 'best_model.pt'}"),
+        ("evaluate again", same_command("--inference_only", "--state_dict_path", str(run.checkpoint_dir / "best_model.pt"))),
         ("your own data", "set data_path in config.yaml; USAGE.md tells what the folder holds")])  # fmt: skip
 
 

@@ -74,7 +74,7 @@ class Recommender(nn.Module):
         self._initialise(config)
 
     def _initialise(self, config) -> None:
-        """Linear layers: normal of variance 1 / fan-in, and the layers that end a residual branch smaller by sqrt(2 blocks); the rest init_std."""
+        """Linear layers: normal of variance 1 / fan-in, those that end a residual branch smaller by sqrt(2 blocks); the rest init_std."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5

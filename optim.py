@@ -25,7 +25,9 @@ class TableOptimizer:
     l2_emb adds l2_emb * row to the gradient; weight_decay shrinks rows by lr * weight_decay (AdamW). Both act on touched rows only.
     """
 
-    def __init__(self, table: JointTable, kind: str, *, betas: tuple[float, float], weight_decay: float = 0.0, l2_emb: float = 0.0, eps: float = 1e-8) -> None:
+    def __init__(
+        self, table: JointTable, kind: str, *, betas: tuple[float, float], weight_decay: float = 0.0, l2_emb: float = 0.0, eps: float = 1e-8
+    ) -> None:
         self.table, self.kind, self.betas, self.weight_decay, self.l2_emb, self.eps = table, kind, betas, weight_decay, l2_emb, eps
         rows, width = table.weight.shape
         device = table.weight.device
@@ -116,7 +118,9 @@ def clip_scale(norm: Tensor, gradient_clip: float) -> Tensor | float:
     return (gradient_clip / (norm + 1e-6)).clamp(max=1.0) if gradient_clip else 1.0
 
 
-def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.0, steps_per_drop: int = 1, gamma: float = 0.5) -> float:
+def learning_rate_factor(
+    step: int, *, schedule: str, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.0, steps_per_drop: int = 1, gamma: float = 0.5
+) -> float:
     """The factor of the learning rate at update `step` (from 0).
 
     Warm-up is linear over warmup_steps, then "constant", "cosine" (down to min_lr_ratio at total_steps) or

@@ -23,7 +23,15 @@ import numpy as np
 import torch
 
 from checkpoint import (
-    LINK_NAME, TEMPORARY, clean_temporary, find_checkpoint, list_checkpoints, newest_valid, plain_json, set_aside_newer, write_text_atomic,
+    LINK_NAME,
+    TEMPORARY,
+    clean_temporary,
+    find_checkpoint,
+    list_checkpoints,
+    newest_valid,
+    plain_json,
+    set_aside_newer,
+    write_text_atomic,
 )  # fmt: skip
 from errors import RunError, UserError
 
@@ -47,7 +55,8 @@ class Paths(Protocol):
 class RunPaths:
     """A run's folders, all made. resume_from: the valid checkpoint to go on with, None for a run from the start.
 
-    continued: the folder held this run before, so logs are appended to. lock: kept open as long as the run lives.
+    continued: the folder held this run before, so logs are appended to. before: its status then.
+    lock: kept open as long as the run lives.
     """
 
     log_dir: Path
@@ -56,6 +65,7 @@ class RunPaths:
     name: str
     resume_from: Path | None = None
     continued: bool = False
+    before: dict = field(default_factory=dict, repr=False, compare=False)
     lock: IO[str] | None = field(default=None, repr=False, compare=False)
 
 
@@ -143,10 +153,17 @@ def prepare_run(
     step = 0 if run.resume_from is None else _step_of(run.resume_from)
     if resume or resume_path:
         set_aside_newer(run.checkpoint_dir, -1 if run.resume_from is None else step, log)
+    before = read_status(run.log_dir)
     where = {"checkpoint_path": str(run.checkpoint_dir.resolve()), "tensorboard_path": str(run.tensorboard_dir.resolve())}
     if not write_status(run.log_dir, "running", step, "", name=run.name, **where):
         raise RunError(f"{run.log_dir / STATUS}: no space left to write. Free some space, or point log_path elsewhere.")
-    return replace(run, lock=lock)
+    return replace(run, lock=lock, before=before)
+
+
+def restore_status(run: RunPaths) -> None:
+    """Put back the status that a continued run had before it was refused: nothing was trained, so nothing is known that was not."""
+    if run.before:
+        write_text_atomic(run.log_dir / STATUS, json.dumps(run.before, indent=1) + "\n")
 
 
 def prepare_eval(paths: Paths, *, run_name: str = "", now: datetime | None = None, base: Path = Path(".")) -> RunPaths:
@@ -295,7 +312,7 @@ def _with_newest(run: RunPaths, log: Callable[[str], None]) -> RunPaths:
     """The run with its newest valid checkpoint, or from the start, said so."""
     newest = newest_valid(run.checkpoint_dir, log)
     if newest is None:
-        log(f"--resume: no valid checkpoint in {run.checkpoint_dir}: starting anew")
+        log(f"--resume: no valid checkpoint in {run.checkpoint_dir}: not resumed")
     return replace(run, resume_from=newest)
 
 
@@ -327,10 +344,14 @@ def _resume_newest(paths: Paths, name: str, base: Path, log: Callable[[str], Non
         wanted = Path(paths.checkpoint_path).resolve()
         runs = [run for run in runs if Path(str(read_status(run.log_dir).get("checkpoint_path", ""))).resolve() == wanted]
     if not runs:
-        log(f"--resume: no unfinished run in {Path(base) / 'logs'}")
+        log(f"--resume: no unfinished run in {Path(base) / 'logs'}: starting anew")
         return _with_newest(_new_folders(paths, name, base), log)
-    run = _with_newest(runs[-1], log)
-    return run if run.resume_from is not None else _new_folders(paths, name, base)
+    for run in reversed(runs):  # one that failed before its first checkpoint must not hide an older one that has some
+        run = _with_newest(run, log)
+        if run.resume_from is not None:
+            return run
+    log("--resume: no unfinished run has a valid checkpoint: starting anew")
+    return _new_folders(paths, name, base)
 
 
 def _resume_given(given: Path, paths: Paths, name: str, base: Path, log: Callable[[str], None]) -> RunPaths:

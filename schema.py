@@ -48,7 +48,9 @@ class Feature:
         if self.kind not in KINDS:
             raise UserError(f"{where}: kind is {self.kind!r}; expected one of {', '.join(KINDS)}.")
         if self.kind == "embedding" and (self.width <= 0 or self.side != "item"):
-            raise UserError(f"{where}: an embedding belongs to an item and has a width above 0; found side {self.side!r}, width {self.width}.")
+            raise UserError(
+                f"{where}: an embedding belongs to an item and has a width above 0; found side {self.side!r}, width {self.width}."
+            )
         if self.cardinality < 0:
             raise UserError(f"{where}: cardinality is {self.cardinality}; expected 0 (unknown) or more.")
 
@@ -93,7 +95,9 @@ class Schema:
     def from_dict(cls, tree: object, where: str = "schema.json") -> Schema:
         """Build a schema from `to_dict`'s form; UserError names what is wrong in `where`."""
         if not isinstance(tree, dict) or not isinstance(tree.get("features"), list):
-            raise UserError(f'{where}: expected {{"has_time": true, "features": [...]}}, found {type(tree).__name__} without a list of features.')
+            raise UserError(
+                f'{where}: expected {{"has_time": true, "features": [...]}}, found {type(tree).__name__} without a list of features.'
+            )
         allowed = {"id", "side", "kind", "width", "cardinality", "name"}
         features = []
         for row in tree["features"]:

@@ -24,8 +24,7 @@ from logger import RunLogger, format_table
 from runs import prepare_run
 from schema import ACTION_NAMES
 from store import open_store
-from synthetic import generate
-from trainer import Trainer, write_test_metrics
+from trainer import Trainer
 
 USERS, ITEMS, SHOWN_USERS, SHOWN_EVENTS = 2000, 3000, 3, 8
 
@@ -35,6 +34,8 @@ def headline(number: int, text: str) -> None:
 
 
 def demonstrate(folder: Path) -> None:
+    from synthetic import generate  # an entry script of its own, so not imported with this module
+
     headline(1, f"synthetic TencentGR-shaped data: {USERS:,} users, {ITEMS:,} items, in the competition's layout (synthetic.generate)")
     data = folder / "data"
     generate(data, users=USERS, items=ITEMS, layout="jsonl", seed=3)
@@ -59,16 +60,16 @@ def demonstrate(folder: Path) -> None:
     headline(4, "one batch of ids (dataset.BatchBuilder)")
     trainer.order.start_epoch(0)
     batch, _ = trainer._build(0)
-    print(f"    {len(batch.users)} users, {len(batch.item_index):,} tokens, {len(batch.unique_ids):,} unique items, {len(batch.candidate_index):,} shared candidates")
+    print(
+        f"    {len(batch.users)} users, {len(batch.item_index):,} tokens, {len(batch.unique_ids):,} unique items, {len(batch.candidate_index):,} shared candidates"
+    )
 
     headline(5, "training (Trainer.fit)")
     trainer.fit()
 
-    headline(6, "test split beside the baselines (trainer.write_test_metrics)")
-    silent = trainer.logger
+    headline(6, "test split beside the baselines (Trainer.test)")
     trainer.logger = RunLogger(None, None, console=False)
-    metrics = write_test_metrics(trainer, run.checkpoint_dir)
-    trainer.logger = silent
+    metrics = trainer.test()
     rows = [("model", metrics["hr@10"], metrics["ndcg@10"])]
     rows += [(name, metrics[f"{name}.hr@10"], metrics[f"{name}.ndcg@10"]) for name in ("popularity", "recent", "item2item")]
     print("\n".join("    " + line for line in format_table(rows, ("ranker", "hr@10", "ndcg@10"))))

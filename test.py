@@ -1,8 +1,8 @@
 """Runs the test suites through pytest; ends with pytest's own count and exit status. Holds no test itself.
 
-    python test.py                        everything but what takes minutes
-    python test.py --suite long           what takes minutes
-    python test.py -k resume -x           pytest's own options
+python test.py                        everything but what takes minutes
+python test.py --suite long           what takes minutes
+python test.py -k resume -x           pytest's own options
 """
 
 from __future__ import annotations

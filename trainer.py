@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -46,7 +46,13 @@ class LossScaler:
     """
 
     def __init__(self, enabled: bool, scale: float = 2.0**15, growth_interval: int = 2000) -> None:
-        self.enabled, self.scale, self.growth_interval, self.good_steps, self.skipped = enabled, scale if enabled else 1.0, growth_interval, 0, 0
+        self.enabled, self.scale, self.growth_interval, self.good_steps, self.skipped = (
+            enabled,
+            scale if enabled else 1.0,
+            growth_interval,
+            0,
+            0,
+        )
 
     def update(self, finite: bool) -> None:
         if finite:
@@ -81,8 +87,15 @@ class TrainingLoss:
         if self.item_share is not None:
             num_in_batch = min(query.shape[0], config.max_in_batch or query.shape[0]) if config.in_batch_negatives else 0
             log_q = log_expected_count(self.item_share[batch.unique_ids], num_in_batch, config.num_negatives, self.num_items)
-        return softmax_loss(query, item_emb, batch.target_index, candidate_index=batch.candidate_index, temperature=config.temperature,
-                            log_q=log_q, chunk_size=config.chunk_size)  # fmt: skip
+        return softmax_loss(
+            query,
+            item_emb,
+            batch.target_index,
+            candidate_index=batch.candidate_index,
+            temperature=config.temperature,
+            log_q=log_q,
+            chunk_size=config.chunk_size,
+        )
 
 
 def negative_sampling(config: Config) -> NegativeSampling:
@@ -105,27 +118,44 @@ def candidate_ids(config: Config, store) -> np.ndarray:
     table = read_candidates(Path(config.eval.candidates), store.schema)
     ids = store.item_ids_of(table.creative_ids)
     if not (ids > 0).any():
-        raise UserError(f"eval.candidates {config.eval.candidates}: none of its {len(ids):,} creative ids is in the data's indexer. Is it another data set's?")
+        raise UserError(
+            f"eval.candidates {config.eval.candidates}: none of its {len(ids):,} creative ids is in the data's indexer.\nIs it another data set's?"
+        )
     return np.unique(ids[ids > 0])
 
 
 class Trainer:
     """One run of training over a store; `fit` trains, `test` writes metrics.json."""
 
-    def __init__(self, config: Config, store, layout: TableLayout, embeddings: tuple[str, ...], splits: Splits, run: RunPaths,
-                 logger: RunLogger, device: torch.device) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: Config,
+        store,
+        layout: TableLayout,
+        embeddings: tuple[str, ...],
+        splits: Splits,
+        run: RunPaths,
+        logger: RunLogger,
+        device: torch.device,
+    ) -> None:
         self.config, self.store, self.layout, self.embeddings, self.splits = config, store, layout, embeddings, splits
         self.run, self.logger, self.device = run, logger, device
         training = config.training
         self.model = build_model(config, layout, store.schema, embeddings).to(device)
         self.columns = FeatureColumns(store, layout, embeddings)
         self.builder = BatchBuilder(store, splits.train, config.model.max_seq_length, config.system.seed, negative_sampling(config))
-        self.order = TrainingOrder(splits.train, training.batch_size, config.system.seed, config.model.max_seq_length, config.data.length_buckets)
+        self.order = TrainingOrder(
+            splits.train, training.batch_size, config.system.seed, config.model.max_seq_length, config.data.length_buckets
+        )
         self.loss = TrainingLoss(config, store, splits.train, device)
         betas = (training.adam_beta1, training.adam_beta2)
-        self.optimizer = dense_optimizer(self.model, training.optimizer, lr=training.learning_rate, betas=betas, weight_decay=training.weight_decay)
+        self.optimizer = dense_optimizer(
+            self.model, training.optimizer, lr=training.learning_rate, betas=betas, weight_decay=training.weight_decay
+        )
         decay = training.weight_decay if training.optimizer == "adamw" else 0.0
-        self.table_optimizer = TableOptimizer(self.model.table, training.table_optimizer, betas=betas, weight_decay=decay, l2_emb=training.l2_emb)
+        self.table_optimizer = TableOptimizer(
+            self.model.table, training.table_optimizer, betas=betas, weight_decay=decay, l2_emb=training.l2_emb
+        )
         self.scaler = LossScaler(training.precision == "fp16")
         self.candidates = candidate_ids(config, store)
         self.total_steps = training.max_steps or self.order.num_batches * training.num_epochs
@@ -146,6 +176,9 @@ class Trainer:
                 if self.stop_signal:
                     self.save(None)
                     return
+        if not self.best_name:  # a run that went on from a checkpoint of another run, with nothing left to train
+            valid_loss, _ = self._validate()
+            self.save(valid_loss)
 
     def _train_epoch(self) -> None:
         """The rest of the present epoch, from self.batch on; then evaluation and a checkpoint."""
@@ -223,9 +256,15 @@ class Trainer:
 
     def learning_rate_factor(self, step: int) -> float:
         training = self.config.training
-        return learning_rate_factor(step, schedule=training.lr_scheduler, warmup_steps=training.warmup_steps, total_steps=self.total_steps,
-                                    min_lr_ratio=training.min_lr_ratio, gamma=training.lr_gamma,
-                                    steps_per_drop=training.lr_step_epochs * self.order.num_batches)  # fmt: skip
+        return learning_rate_factor(
+            step,
+            schedule=training.lr_scheduler,
+            warmup_steps=training.warmup_steps,
+            total_steps=self.total_steps,
+            min_lr_ratio=training.min_lr_ratio,
+            gamma=training.lr_gamma,
+            steps_per_drop=training.lr_step_epochs * self.order.num_batches,
+        )
 
     def _autocast(self):
         dtype = AUTOCAST.get(self.config.training.precision)
@@ -236,9 +275,12 @@ class Trainer:
         bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         weights = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
         users = ", ".join(self.store.raw_user_ids.take(batch.users[:5].cpu().numpy()))
-        raise RunError(f"step {self.step + 1}, epoch {self.epoch}: the loss is {loss}, the gradient norm {self._last_norm}; stopped before the update.\n"
-                       f"not finite: {', '.join(['weights of ' + n for n in weights] + ['gradient of ' + n for n in bad][:5]) or 'rows of the table'}; "
-                       f"the batch's users begin with {users}.\nLower learning_rate, set gradient_clip, or look at these users' data.")  # fmt: skip
+        tensors = ", ".join(["weights of " + name for name in weights] + ["gradient of " + name for name in bad][:5]) or "rows of the table"
+        raise RunError(
+            f"step {self.step + 1}, epoch {self.epoch}: loss {loss}, gradient norm {self._last_norm}; stopped before the update.\n"
+            f"not finite: {tensors}; the batch's users begin with {users}.\n"
+            "Lower learning_rate, set gradient_clip, or look at these users' data."
+        )
 
     # ---- logs ----
 
@@ -248,11 +290,21 @@ class Trainer:
     def _log_line(self) -> None:
         seconds = max(time.perf_counter() - self._clock, 1e-9)
         steps_done = self._users / max(1, self.config.training.batch_size)
-        self.logger.train_line({
-            "global_step": self.step, "epoch": self.epoch, "loss": self.loss_sum / max(1, self.loss_count), "time": time.time(),
-            "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self._last_norm, "users_per_s": self._users / seconds,
-            "data_wait": self._waited / seconds, "rss_gib": rss_gib(), "total_steps": self.total_steps,
-            "time_left": (self.total_steps - self.step) * seconds / max(steps_done, 1e-9)})  # fmt: skip
+        self.logger.train_line(
+            {
+                "global_step": self.step,
+                "epoch": self.epoch,
+                "loss": self.loss_sum / max(1, self.loss_count),
+                "time": time.time(),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "grad_norm": self._last_norm,
+                "users_per_s": self._users / seconds,
+                "data_wait": self._waited / seconds,
+                "rss_gib": rss_gib(),
+                "total_steps": self.total_steps,
+                "time_left": (self.total_steps - self.step) * seconds / max(steps_done, 1e-9),
+            }
+        )
         self.loss_sum, self.loss_count = 0.0, 0
         self._start_clock()
 
@@ -260,8 +312,16 @@ class Trainer:
 
     def _ranker(self) -> Ranker:
         config = self.config
-        return Ranker(self.model, self.columns, self.candidates, device=self.device, batch_size=config.eval.eval_batch_size, num_workers=config.data.num_workers,
-                      prefetch_batches=config.data.prefetch_batches, temperature=config.loss.temperature if config.loss.name != "bce" else 1.0)  # fmt: skip
+        return Ranker(
+            self.model,
+            self.columns,
+            self.candidates,
+            device=self.device,
+            batch_size=config.eval.eval_batch_size,
+            num_workers=config.data.num_workers,
+            prefetch_batches=config.data.prefetch_batches,
+            temperature=config.loss.temperature if config.loss.name != "bce" else 1.0,
+        )
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the model as it is: hr@k, ndcg@k, score and loss."""
@@ -288,8 +348,8 @@ class Trainer:
 
     def test(self) -> dict:
         """Load the best checkpoint, evaluate it on the test split beside the baselines, and write metrics.json."""
-        best = self.run.checkpoint_dir / self.best_name
-        self.model.load_state_dict(checkpoints.load_checkpoint(best, with_trainer=False).model_state)
+        best = checkpoints.load_checkpoint(self.run.checkpoint_dir / self.best_name, with_trainer=False)
+        self.model.load_state_dict(best.model_state)
         return write_test_metrics(self, best)
 
     # ---- checkpoints ----
@@ -297,8 +357,14 @@ class Trainer:
     def save(self, valid_loss: float | None) -> Path:
         """Write a checkpoint of this very moment, update the links, remove what is not to be kept."""
         root = self.run.checkpoint_dir
-        path = checkpoints.save_checkpoint(root, step=self.step, valid_loss=valid_loss, model_state=self.model.state_dict(),
-                                           trainer_state=self._trainer_state(), meta=self._meta())  # fmt: skip
+        path = checkpoints.save_checkpoint(
+            root,
+            step=self.step,
+            valid_loss=valid_loss,
+            model_state=self.model.state_dict(),
+            trainer_state=self._trainer_state(),
+            meta=self._meta(),
+        )
         best = root / self.best_name
         if self.best_name == path.name:
             checkpoints.link(root, "best_model.pt", path)
@@ -308,19 +374,35 @@ class Trainer:
 
     def _trainer_state(self) -> dict:
         return {
-            "epoch": self.epoch, "batch": self.batch, "step": self.step, "best_value": self.best_value, "best_name": self.best_name,
-            "evaluations_since_best": self.evaluations_since_best, "loss_sum": self.loss_sum, "loss_count": self.loss_count,
-            "optimizer": self.optimizer.state_dict(), "table_optimizer": self.table_optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        }  # fmt: skip
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "best_value": self.best_value,
+            "best_name": self.best_name,
+            "evaluations_since_best": self.evaluations_since_best,
+            "loss_sum": self.loss_sum,
+            "loss_count": self.loss_count,
+            "optimizer": self.optimizer.state_dict(),
+            "table_optimizer": self.table_optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
 
     def _meta(self) -> dict:
         """What infer() and a resumed run need to know of the run: settings, schema, the table's fields, the data's shape."""
         return {
-            "config": self.config.to_dict(), "schema": self.store.schema.to_dict(), "layout": self.layout.to_list(), "embeddings": list(self.embeddings),
-            "num_items": self.store.num_items, "num_users": self.store.num_users, "store": self.store.manifest["fingerprint"],
-            "epoch": self.epoch, "metrics": getattr(self, "_valid_metrics", {}), "torch": torch.__version__,
-        }  # fmt: skip
+            "config": self.config.to_dict(),
+            "schema": self.store.schema.to_dict(),
+            "layout": self.layout.to_list(),
+            "embeddings": list(self.embeddings),
+            "num_items": self.store.num_items,
+            "num_users": self.store.num_users,
+            "store": self.store.manifest["fingerprint"],
+            "epoch": self.epoch,
+            "metrics": getattr(self, "_valid_metrics", {}),
+            "torch": torch.__version__,
+        }
 
     def _resume(self, path: Path) -> None:
         loaded = checkpoints.load_checkpoint(path, with_trainer=True)
@@ -329,8 +411,10 @@ class Trainer:
             self.logger.warn_once(f"the data's files changed since {path.name} was written; same schema and sizes, going on.")
         differing = [key for key in ORDER_SETTINGS if _leaf(loaded.meta["config"], key) != _leaf(self.config.to_dict(), key)]
         if differing:
-            raise UserError(f"--resume: {', '.join(differing)} differ from the checkpoint's ({path}); they decide which users come next.\n"
-                            "Give the run's own settings, or start anew from its weights with --state_dict_path.")  # fmt: skip
+            raise UserError(
+                f"--resume: {', '.join(differing)} differ from the checkpoint's ({path}); they decide which users come next.\n"
+                "Give the run's own settings, or start anew from its weights with --state_dict_path."
+            )
         state = loaded.trainer_state
         self.model.load_state_dict(loaded.model_state)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -382,17 +466,24 @@ def check_compatible(meta: dict, config: Config, layout: TableLayout, embeddings
         raise UserError(f"{path}: a checkpoint of another model ({'; '.join(different)}).\nGive its settings, or another checkpoint.")
 
 
-def write_test_metrics(trainer: Trainer, checkpoint_path: Path) -> dict:
-    """Evaluate the trainer's present weights on the test split, add the baselines, write metrics.json (flat), and return it."""
+def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> dict:
+    """Evaluate the trainer's weights (the checkpoint's) on the test split, add the baselines, write metrics.json (flat), return it."""
     config = trainer.config.eval
     metrics = trainer.evaluate(trainer.splits.test)
     result = {
-        "split": "test", "protocol": config.protocol, **metrics, "num_users": trainer.splits.test.num_samples, "num_candidates": len(trainer.candidates),
-        "seen_removed": config.remove_seen, "checkpoint": str(checkpoint_path), "step": trainer.step, "epoch": trainer.epoch,
-    }  # fmt: skip
+        "split": "test",
+        "protocol": config.protocol,
+        **metrics,
+        "num_users": trainer.splits.test.num_samples,
+        "num_candidates": len(trainer.candidates),
+        "seen_removed": config.remove_seen,
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.meta["step"],
+        "epoch": checkpoint.meta["epoch"],
+    }
     if config.baselines:
         baselines = Baselines(trainer.store, trainer.splits.train, trainer.candidates, config.remove_seen)
         result |= baseline_metrics(baselines, trainer.splits.test, config.top_k, config.score_round)
-    trainer.logger.eval_line(trainer.step, trainer.epoch, "test", result, None)
-    write_text_atomic(trainer.run.log_dir / "metrics.json", json.dumps(result, indent=1) + "\n")
+    trainer.logger.eval_line(result["step"], result["epoch"], "test", result, None)
+    write_text_atomic(trainer.run.log_dir / "metrics.json", json.dumps(checkpoints.plain_json(result), indent=1) + "\n")  # nan is null
     return result

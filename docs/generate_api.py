@@ -19,7 +19,7 @@ WIDTH = 110  # a longer signature gets a line a parameter
 CHAIN = (
     "errors schema config settings plain_pickle columns store_files sources sources_jsonl sources_parquet sources_workers indexer "
     "item_table candidates multimodal store_build store dataset features embedding layers losses metrics optim model retrieval "
-    "baselines evaluate checkpoint logger runs report trainer planted"
+    "baselines evaluate checkpoint logger runs report trainer planted planted_features synthetic_files"
 ).split()
 # Scripts that people start and nothing imports.
 ENTRY = "main infer convert synthetic benchmark simple_test simple_demo test".split()

@@ -41,7 +41,9 @@ def test_successors_do_not_cross_users(monkeypatch, chunk):
 
     store = tiny_store(sequences=[[1, 2], [2, 3], [2, 3], [2, 1], [3, 2]])
     split = make_splits(store, **LEAVE_ONE_OUT | {"protocol": "holdout", "holdout_fraction": 0.4}).train
-    full = split._replace(users=np.arange(5), begin=np.asarray(store.user_offsets[:-1]), end=np.asarray(store.user_offsets[1:]), target=np.full(5, -1))
+    full = split._replace(
+        users=np.arange(5), begin=np.asarray(store.user_offsets[:-1]), end=np.asarray(store.user_offsets[1:]), target=np.full(5, -1)
+    )
     original = baselines.iterate_events
     monkeypatch.setattr(baselines, "iterate_events", lambda s, p: original(s, p, chunk))
     found = successors(store, full, np.array([1, 2]))

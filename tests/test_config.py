@@ -7,8 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from config import ALIASES, GROUPS, KEYS, KINDS, Config, DataConfig, EvalConfig, LossConfig, ModelConfig, TrainingConfig
-from config import nearest, warnings_for, with_values
+from config import (
+    ALIASES,
+    GROUPS,
+    KEYS,
+    KINDS,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    TrainingConfig,
+    nearest,
+    warnings_for,
+    with_values,
+)
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -159,7 +159,9 @@ def test_validation_and_test_events_are_no_history():
 
 def test_shared_candidates_hold_targets_and_uniform_items():
     store = tiny_store(num_users=30, num_items=500)
-    make = lambda in_batch: BatchBuilder(store, predict_split(store), 50, negatives=NegativeSampling("shared", 20, in_batch)).training(np.arange(4), 0, 3)
+    make = lambda in_batch: BatchBuilder(store, predict_split(store), 50, negatives=NegativeSampling("shared", 20, in_batch)).training(
+        np.arange(4), 0, 3
+    )
     batch = make(True)
     candidates = set(batch.unique_ids[batch.candidate_index].tolist())
     targets = set(batch.unique_ids[batch.target_index].tolist())

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-
 from conftest import PUBLIC_DATA, ROOT
+
 from errors import UserError
 from settings import load_config
 

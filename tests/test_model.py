@@ -87,7 +87,11 @@ def test_item_vector_is_a_linear_layer_on_the_concatenated_vectors():
         at = lambda name, value: weight[fields[name].offset + value]
         colour = int(store.item_single[item, 0])
         tags = store.item_multi["tags"].rows[item]
-        parts = [at("item_id", item), at("colour", colour) if colour else torch.zeros(16), sum(at("tags", t) for t in tags) / len(tags) if tags else torch.zeros(16)]
+        parts = [
+            at("item_id", item),
+            at("colour", colour) if colour else torch.zeros(16),
+            sum(at("tags", t) for t in tags) / len(tags) if tags else torch.zeros(16),
+        ]
         dense = torch.from_numpy(store.embedding("81").matrix[store.embedding("81").row_of_item[item]]).float()
         dense = dense / (dense.square().mean() + 1e-6).sqrt()
         projection = model.dense["81"]

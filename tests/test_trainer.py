@@ -69,14 +69,18 @@ def test_resume_in_the_middle_of_a_log_interval_keeps_the_mean(tmp_path):
 
 def test_training_lowers_the_loss_and_beats_chance(tmp_path):
     sequences = [[(start + i) % 30 + 1 for i in range(12)] for start in range(30)] * 4
-    trainer = make_trainer(tmp_path, store=tiny_store(sequences=sequences, num_items=30), num_epochs=30, learning_rate=3e-3, dropout_rate=0.1)
+    trainer = make_trainer(
+        tmp_path, store=tiny_store(sequences=sequences, num_items=30), num_epochs=30, learning_rate=3e-3, dropout_rate=0.1
+    )
     trainer.fit()
     losses = list(losses_of(tmp_path).values())
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
     assert trainer.evaluate(trainer.splits.test)["hr@10"] > 0.95
 
 
-@pytest.mark.parametrize("settings", [{"name": "bce", "num_negatives": 2}, {"in_batch_negatives": False}, {"logq": False}, {"name": "full_softmax"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"name": "bce", "num_negatives": 2}, {"in_batch_negatives": False}, {"logq": False}, {"name": "full_softmax"}], ids=str
+)
 def test_every_loss_learns(tmp_path, settings):
     settings = {"temperature": 0.1} | settings | {"similarity": "dot" if settings.get("name") == "bce" else "cosine"}
     sequences = [[(start + i) % 30 + 1 for i in range(12)] for start in range(30)] * 2
