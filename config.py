@@ -524,6 +524,8 @@ def warnings_for(config: Config) -> list[str]:
     ]
     lines = [f"{KEYS[name].path} {show(config.get(name))} has no effect {why}."
              for holds, names, why in idle if holds for name in names if config.get(name) != KEYS[name].default]  # fmt: skip
+    if loss.name == "bce" and loss.num_negatives > 64:
+        lines.append(f"loss.num_negatives {loss.num_negatives} are drawn for each position with loss.name bce; 1 is usual.")
     if model.attention_dropout > 0:
         lines.append(f"model.attention_dropout {model.attention_dropout} leaves the flash kernel on CPU: more time, more memory.")
     return lines

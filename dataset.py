@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from columns import ragged_places
 from errors import UserError
 from schema import CLICK
 
@@ -27,7 +28,8 @@ SPLIT_KEY, ORDER_KEY, SHARED_NEGATIVES_KEY = 1, 2, 3  # first word of a generato
 class Split(NamedTuple):
     """Samples of one split: for sample s the events [begin[s], end[s]) of the store, and where its target lies.
 
-    Training: every event of [begin, end) is a target once. Evaluation: the events are the input, `target` the event to find.
+    Training: each of the last max_seq_length + 1 events is a target once an epoch; earlier ones count for popularity only. Evaluation:
+    the events are the input, `target` the event to find.
     """
 
     users: np.ndarray  # (S,) int64 index into the store's users
@@ -61,8 +63,7 @@ class Batch(NamedTuple):
     action_types: torch.Tensor  # (N,) action of the input event + 1; 0 at user tokens
     timestamps: torch.Tensor  # (N,) seconds; 0 at user tokens
     target_index: torch.Tensor  # (N,) next item as index into unique_ids; (0,) in evaluation
-    target_actions: torch.Tensor  # (N,) action of the next event; (0,) in evaluation
-    negative_index: torch.Tensor  # (N, K) negatives of each token as index into unique_ids; (N, 0) unless drawn for each token
+    negative_index: torch.Tensor  # (N, K) negatives of each token as index into unique_ids; empty unless drawn for each token
     candidate_index: torch.Tensor  # (C,) shared candidates as index into unique_ids; (0,) unless shared
     unique_ids: torch.Tensor  # (M,) item ids ascending; unique_ids[0] = 0, the padding item
     max_length: int  # tokens of the longest user, known on the host so that no device has to be asked
@@ -193,15 +194,28 @@ class Deduplicator:
         return unique, [self._place[array].astype(np.int64) for array in arrays]
 
 
-def ragged_arange(begin: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Concatenation of arange(begin[i], begin[i] + counts[i])."""
-    starts = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(begin - starts, counts)
+class _Tokens(NamedTuple):
+    """Columns (N,) of a batch's tokens; items as index into the batch's unique ids."""
+
+    owner: np.ndarray
+    positions: np.ndarray
+    items: np.ndarray
+    actions: np.ndarray
+    times: np.ndarray
+
+
+def _batch(users: np.ndarray, lengths: np.ndarray, unique: np.ndarray, tokens: _Tokens, **training: np.ndarray) -> Batch:
+    """A batch from numpy columns; what only training has is empty without it."""
+    nothing = np.zeros(0, dtype=np.int64)
+    columns = {"target_index": nothing, "negative_index": nothing.reshape(0, 0), "candidate_index": nothing} | training
+    columns |= {"users": users, "lengths": lengths, "owner": tokens.owner, "positions": tokens.positions, "unique_ids": unique}
+    columns |= {"item_index": tokens.items, "action_types": tokens.actions, "timestamps": tokens.times}
+    return Batch(**{name: torch.from_numpy(column) for name, column in columns.items()}, max_length=int(lengths.max()))
 
 
 def _owner_and_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For users of `lengths` tokens: each token's user row and its place in the user's sequence, both (N,) int64."""
-    return np.repeat(np.arange(len(lengths), dtype=np.int64), lengths), ragged_arange(np.zeros(len(lengths), dtype=np.int64), lengths)
+    return np.repeat(np.arange(len(lengths), dtype=np.int64), lengths), ragged_places(np.zeros(len(lengths), dtype=np.int64), lengths)
 
 
 class TrainingOrder:
@@ -249,13 +263,13 @@ class BatchBuilder:
         return self._local.deduplicator(*arrays)
 
     def training(self, samples: np.ndarray, epoch: int, step: int) -> Batch:
-        """A training batch: every event of the window is a target, predicted from the user token and the events before it.
+        """A training batch: every event of the window is a target, predicted from the user token and the window's events before it.
 
         samples: (B,) sample numbers. `step` numbers the batch within the epoch; shared negatives depend on it.
         """
         split, store = self.split.take(samples), self.store
         lengths = np.minimum(split.end - split.begin, self.max_seq_length + 1)
-        events = ragged_arange(split.end - lengths, lengths)  # (N,) event that each token predicts
+        events = ragged_places(split.end - lengths, lengths)  # (N,) event that each token predicts
         owner, positions = _owner_and_positions(lengths)
         first = positions == 0  # the user tokens
         previous = np.maximum(events - 1, 0)
@@ -268,26 +282,14 @@ class BatchBuilder:
         else:
             unique, (item_index, target_index, negatives, shared) = self._deduplicate(items, targets, negatives, shared)
             candidates = np.unique(shared)
-        return Batch(
-            *map(
-                torch.from_numpy,
-                (
-                    split.users,
-                    lengths,
-                    owner,
-                    positions,
-                    item_index,
-                    np.where(first, 0, store.action_types[previous].astype(np.int64) + 1),
-                    np.where(first, 0, store.timestamps[previous]),
-                    target_index,
-                    store.action_types[events].astype(np.int64),
-                    negatives,
-                    candidates,
-                    unique,
-                ),
-            ),
-            int(lengths.max()),
+        tokens = _Tokens(
+            owner,
+            positions,
+            items=item_index,
+            actions=np.where(first, 0, store.action_types[previous].astype(np.int64) + 1),
+            times=np.where(first, 0, store.timestamps[previous]),
         )
+        return _batch(split.users, lengths, unique, tokens, target_index=target_index, negative_index=negatives, candidate_index=candidates)
 
     def evaluation(self, samples: np.ndarray) -> Batch:
         """An evaluation batch: the user token and the last max_seq_length input events; the query is each user's last token."""
@@ -295,33 +297,13 @@ class BatchBuilder:
         counts = np.minimum(split.end - split.begin, self.max_seq_length)
         lengths = counts + 1
         owner, positions = _owner_and_positions(lengths)
-        events = ragged_arange(split.end - counts, counts)
+        events = ragged_places(split.end - counts, counts)
         items, actions, times = (np.zeros(len(owner), dtype=np.int64) for _ in range(3))
         items[positions > 0] = store.item_ids[events]
         actions[positions > 0] = store.action_types[events].astype(np.int64) + 1
         times[positions > 0] = store.timestamps[events]
         unique, (item_index,) = self._deduplicate(items)
-        nothing = np.zeros(0, dtype=np.int64)
-        return Batch(
-            *map(
-                torch.from_numpy,
-                (
-                    split.users,
-                    lengths,
-                    owner,
-                    positions,
-                    item_index,
-                    actions,
-                    times,
-                    nothing,
-                    nothing,
-                    np.zeros((len(owner), 0), np.int64),
-                    nothing,
-                    unique,
-                ),
-            ),
-            int(lengths.max()),
-        )
+        return _batch(split.users, lengths, unique, _Tokens(owner, positions, item_index, actions, times))
 
     def _draw_negatives(
         self, split: Split, samples: np.ndarray, lengths: np.ndarray, targets: np.ndarray, epoch: int, step: int
@@ -356,7 +338,7 @@ class BatchBuilder:
 def _history_keys(store, split: Split) -> np.ndarray:
     """Sorted keys row * (num_items + 1) + item of every training event of a batch's users (window or not)."""
     counts = split.end - split.begin
-    items = store.item_ids[ragged_arange(split.begin, counts)].astype(np.int64)
+    items = store.item_ids[ragged_places(split.begin, counts)].astype(np.int64)
     return np.sort(np.repeat(np.arange(len(counts), dtype=np.int64), counts) * (store.num_items + 1) + items)
 
 
@@ -407,7 +389,7 @@ def iterate_events(store, split: Split, chunk_users: int = 50_000) -> Iterator[t
     """Chunks of the split's events, sample by sample: (item ids int32, event numbers int64)."""
     for start in range(0, split.num_samples, chunk_users):
         begin, end = split.begin[start : start + chunk_users], split.end[start : start + chunk_users]
-        events = ragged_arange(begin, end - begin)
+        events = ragged_places(begin, end - begin)
         yield store.item_ids[events], events
 
 

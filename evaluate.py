@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines import Baselines
-from dataset import BatchBuilder, Split, generator, prefetch, ragged_arange
+from columns import ragged_places
+from dataset import BatchBuilder, Split, generator, prefetch
 from features import FeatureColumns
 from metrics import RankingMetrics, action_weights
 from model import Recommender
@@ -130,7 +131,7 @@ class Ranker:
     def _seen(self, split: Split) -> tuple[Tensor, Tensor]:
         """Places among the candidates of each sample's input events: (offsets (B + 1,), index)."""
         counts = split.end - split.begin
-        place = self._place[self.store.item_ids[ragged_arange(split.begin, counts)]]
+        place = self._place[self.store.item_ids[ragged_places(split.begin, counts)]]
         owner = np.repeat(np.arange(len(counts)), counts)[place >= 0]
         offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(counts)))])
         return torch.from_numpy(offsets).to(self.device), torch.from_numpy(place[place >= 0]).to(self.device)

@@ -126,8 +126,8 @@ class FeatureColumns:
     training, become missing. Gathers run in the loader's threads; scratch memory is per thread.
     """
 
-    def __init__(self, store, layout: TableLayout, embeddings: tuple[str, ...], pin: bool = False) -> None:
-        self.store, self.layout, self.pin = store, layout, pin
+    def __init__(self, store, layout: TableLayout, embeddings: tuple[str, ...]) -> None:
+        self.store, self.layout = store, layout
         self.embeddings = tuple(store.embedding(i) for i in embeddings)
         self._items, self._users = layout.side("item"), layout.side("user")
         order = {f.id: i for i, f in enumerate(store.schema.select("item", "single"))}

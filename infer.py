@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from candidates import normalise_id
 from checkpoint import load_checkpoint
 from config import Config
 from dataset import predict_split
@@ -53,7 +54,7 @@ def infer() -> tuple[list[list[int | str]], list[str]]:
     model.load_state_dict(loaded.model_state)
     ranker = Ranker(model.to(device), FeatureColumns(store, layout, embeddings), np.asarray(store.candidate_item_ids), device=device,
                     batch_size=config.eval.eval_batch_size, num_workers=max(1, config.data.num_workers))  # fmt: skip
-    ranking = ranker.rank(predict_split(store), ANSWERS, config.eval.remove_seen, fill=True, keep_queries=bool(result_path))
+    ranking = ranker.rank(predict_split(store), ANSWERS, remove_seen=True, fill=True, keep_queries=bool(result_path))
     if result_path:
         write_baseline_files(Path(result_path), store, ranker, ranking)
     return creative_ids(store, ranking.topk_ids), store.raw_user_ids.take(np.arange(store.num_users))
@@ -101,14 +102,17 @@ def _check_fit(store, meta: dict, schema: Schema, checkpoint_path: Path, data_pa
 
 
 def creative_ids(store, item_ids: np.ndarray) -> list[list[int | str]]:
-    """Creative ids of rankings (S, k), without the empty places (id 0) that occur only where the pool has fewer than k candidates."""
+    """Creative ids of rankings (S, k), without the empty places (id 0) that occur only where the pool has fewer than k candidates.
+
+    Numbers are ints, as in the candidates' file, also where one id that is none made the store keep all of them as text.
+    """
     raw = store.raw_item_ids
     if isinstance(raw, np.ndarray):
         rows = raw[item_ids].tolist()
         if (item_ids > 0).all():
             return rows
     else:
-        rows = [raw.take(row) for row in item_ids]
+        rows = [[normalise_id(creative) if creative else 0 for creative in raw.take(row)] for row in item_ids]
     return [[creative for creative, item in zip(row, ids) if item > 0] for row, ids in zip(rows, item_ids.tolist())]
 
 

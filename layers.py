@@ -140,6 +140,8 @@ class Transformer(nn.Module):
         return self.final_norm(x)
 
 
+BACKBONES = {"transformer": Transformer}  # by the setting model.backbone
+
 GAP_BUCKETS, HOURS, WEEKDAYS = 32, 24, 7
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import checkpoint as checkpoints
-from config import Config, warnings_for
+from config import Config, warnings_for, with_values
 from dataset import make_splits
 from errors import UserError, run_cli
 from features import TableLayout, choose_embeddings
@@ -54,6 +54,8 @@ def train(arguments: ParsedArguments) -> int:
     """Train, test, report; returns the exit status."""
     config, options = with_demo_data(arguments.config), arguments.options
     device = choose_device(config)
+    if config.eval.candidates != "all" and not Path(config.eval.candidates).exists():
+        raise UserError(f"eval.candidates: {config.eval.candidates}: no such file or folder. Give predict_set.jsonl, candidate/, or all.")
     if options.state_dict_path is not None:
         checkpoints.find_checkpoint(options.state_dict_path)  # a wrong path is said before anything is made
     run = prepare_run(
@@ -110,6 +112,11 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
         banner(logger, arguments, config, run, device)
         trainer = build_trainer(config, run, logger, device)
         check_compatible(loaded.meta, config, trainer.layout, trainer.embeddings, loaded.path)
+        if trainer.store.num_users != loaded.meta["num_users"]:
+            logger.warn_once(
+                f"the data holds {trainer.store.num_users:,} users, the checkpoint was trained on a set of {loaded.meta['num_users']:,}: "
+                "users that it was trained on may be among those it is tested on."
+            )
         write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
         trainer.model.load_state_dict(loaded.model_state)
         write_test_metrics(trainer, loaded)
@@ -123,22 +130,27 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
         logger.close()
 
 
+# Settings that a checkpoint brings along besides the model group: they decide which users it has never seen.
+SPLIT_SETTINGS = ("protocol", "holdout_fraction", "seed")
+
+
 def settings_of_checkpoint(arguments: ParsedArguments, meta: dict, path: Path) -> Config:
-    """The present settings with the model group, embeddings and split seed of the checkpoint; UserError where a flag contradicts it."""
+    """The present settings with the checkpoint's model group, embeddings and split.
+
+    UserError where a flag or the environment contradicts it; what config.yaml says of these gives way to the checkpoint.
+    """
     saved = Config.from_dict(meta["config"], f"{path}/meta.json")
+    values = {key: value for key, value in saved.to_dict()["model"].items()} | {key: saved.get(key) for key in SPLIT_SETTINGS}
+    values["multimodal_features"] = meta["embeddings"]
     wrong = []
-    for key, value in saved.to_dict()["model"].items():
-        given = arguments.config.get(key)
-        if arguments.origins[key].startswith("flag") and given != value:
-            wrong.append(f"--{key} {given}: the checkpoint {path} was trained with {value}. Leave the flag away.")
+    for key, value in values.items():
+        given, origin = arguments.config.get(key), arguments.origins[key]
+        given = list(given) if isinstance(given, tuple) else given
+        if origin.startswith(("flag", "environment")) and given not in (value, "auto"):
+            wrong.append(f"{key} is {given} ({origin}): the checkpoint {path} was trained with {value}. Leave it away.")
     if wrong:
         raise UserError("\n".join(wrong))
-    config = replace(arguments.config, model=saved.model)
-    if not arguments.origins["multimodal_features"].startswith("flag"):
-        config = replace(config, data=replace(config.data, multimodal_features=tuple(meta["embeddings"])))
-    if not arguments.origins["seed"].startswith("flag"):
-        config = replace(config, system=replace(config.system, seed=saved.system.seed))  # the seed decides who is held out
-    return config
+    return with_values(arguments.config, **values)
 
 
 def build_trainer(config: Config, run: RunPaths, logger: RunLogger, device: torch.device) -> Trainer:
@@ -250,8 +262,13 @@ def model_table(logger: RunLogger, trainer: Trainer) -> None:
 
 def same_command(*more: str) -> str:
     """The command line of this run with other things asked for besides its settings."""
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    return shlex.join(["python", "main.py", *words, *more])
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word == "--resume_path":  # what the run went on from is not its newest checkpoint any more
+            next(words, None)
+        elif word not in ("--resume", "--overwrite") and not word.startswith("--resume_path="):
+            kept.append(word)
+    return shlex.join(["python", "main.py", *kept, *more])
 
 
 def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dict, report: Path) -> None:
@@ -260,6 +277,7 @@ def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dic
         ("best checkpoint", run.checkpoint_dir / "best_model.pt"), ("metrics", run.log_dir / "metrics.json"), ("report", report),
         ("peak memory", f"{peak_rss_gib():.2f} GiB"),
         ("watch", f"tensorboard --logdir {run.tensorboard_dir}"),
+        ("train longer", same_command("--resume_path", str(run.checkpoint_dir), "--num_epochs", str(2 * config.training.num_epochs))),
         ("evaluate again", same_command("--inference_only", "--state_dict_path", str(run.checkpoint_dir / "best_model.pt"))),
         ("your own data", "set data_path in config.yaml; USAGE.md tells what the folder holds")])  # fmt: skip
 

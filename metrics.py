@@ -98,15 +98,22 @@ class RankingMetrics:
         return torch.cat(self._weights) if self._weights else torch.zeros(0, dtype=torch.float64)
 
     def compute(self) -> dict[str, float]:
-        """{"hr@k", "ndcg@k" for each k, "score"}: weighted sums over users divided by the sum of weights; NaN where that is 0."""
+        """{"hr@k", "ndcg@k" for each k, "score"}: sums over users divided by their number, the score's weighted by `weights`.
+
+        NaN where there is nothing to divide by: no user, or for the score no weight.
+        """
         ranks, weights = self.ranks, self.weights
-        total = float(weights.sum())
         result = {}
         for k in self.top_k:
-            for name, gain in (("hr", hit_rate), ("ndcg", ndcg)):
-                result[f"{name}@{k}"] = float((gain(ranks, k) * weights).sum()) / total if total > 0 else float("nan")
-        result["score"] = competition_score(result[f"hr@{SCORE_K}"], result[f"ndcg@{SCORE_K}"])
+            result[f"hr@{k}"] = _mean(hit_rate(ranks, k), torch.ones_like(weights))
+            result[f"ndcg@{k}"] = _mean(ndcg(ranks, k), torch.ones_like(weights))
+        result["score"] = competition_score(_mean(hit_rate(ranks, SCORE_K), weights), _mean(ndcg(ranks, SCORE_K), weights))
         return result
+
+
+def _mean(values: Tensor, weights: Tensor) -> float:
+    total = float(weights.sum())
+    return float((values * weights).sum()) / total if total > 0 else float("nan")
 
 
 def paired_bootstrap(

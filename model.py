@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dataset import Batch
 from embedding import JointTable, RowProjection
 from features import Dense, FeatureInputs, SideInputs, TableLayout
-from layers import Packing, TimeFeatures, Transformer
+from layers import BACKBONES, Packing, TimeFeatures
 from schema import NUM_ACTION_TYPES
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -70,7 +70,7 @@ class Recommender(nn.Module):
         self.time = TimeFeatures(width, config.init_std) if config.time_features and has_time else None
         self.embedding_norm = nn.LayerNorm(width) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout_rate)
-        self.backbone = Transformer(config)
+        self.backbone = BACKBONES[config.backbone](config)
         self._initialise(config)
 
     def _initialise(self, config) -> None:

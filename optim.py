@@ -134,3 +134,30 @@ def learning_rate_factor(
         return gamma ** (step // max(1, steps_per_drop))
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class LossScaler:
+    """The factor on a float16 loss: halved after a step that was not finite (which is skipped), doubled after growth_interval good ones.
+
+    torch.amp.GradScaler does not serve: the table's rows are not an optimiser's parameters, and one verdict must rule both.
+    """
+
+    def __init__(self, enabled: bool, scale: float = 2.0**15, growth_interval: int = 2000) -> None:
+        self.enabled, self.scale, self.growth_interval, self.good_steps, self.skipped = (
+            enabled,
+            scale if enabled else 1.0,
+            growth_interval,
+            0,
+            0,
+        )
+
+    def update(self, finite: bool) -> None:
+        if finite:
+            self.good_steps += 1
+            if self.good_steps == self.growth_interval:
+                self.scale, self.good_steps = self.scale * 2, 0
+        else:
+            self.scale, self.good_steps, self.skipped = self.scale / 2, 0, self.skipped + 1
+
+    def state_dict(self) -> dict:
+        return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,40 +31,20 @@ from features import FeatureColumns, FeatureInputs, TableLayout
 from logger import RunLogger, rss_gib
 from losses import bce_loss, log_expected_count, softmax_loss
 from model import Recommender
-from optim import TableOptimizer, clip_scale, dense_optimizer, gradient_norm, learning_rate_factor
+from optim import LossScaler, TableOptimizer, clip_scale, dense_optimizer, gradient_norm, learning_rate_factor
 from runs import RunPaths, write_status, write_text_atomic
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Settings that decide which samples form which batch: a run that goes on with others would repeat or lose users.
 ORDER_SETTINGS = ("seed", "batch_size", "length_buckets", "max_seq_length", "protocol", "holdout_fraction")
+OPTIMIZER_SETTINGS = ("optimizer", "table_optimizer")
+# Settings that change neither losses nor metrics, so that a resumed run need not say that they changed.
+FREE_SETTINGS = frozenset(
+    "num_workers prefetch_batches chunk_size max_bad_lines device num_threads log_every_steps tensorboard run_name keep_last_k "
+    "save_every_steps save_frequency gradient_checkpointing baselines eval_batch_size multimodal_features".split()
+)
 LOWER_IS_BETTER = ("loss",)
-
-
-class LossScaler:
-    """The factor on a float16 loss: halved after a step that was not finite (which is skipped), doubled after growth_interval good ones.
-
-    torch.amp.GradScaler does not serve: the table's rows are not an optimiser's parameters, and one verdict must rule both.
-    """
-
-    def __init__(self, enabled: bool, scale: float = 2.0**15, growth_interval: int = 2000) -> None:
-        self.enabled, self.scale, self.growth_interval, self.good_steps, self.skipped = (
-            enabled,
-            scale if enabled else 1.0,
-            growth_interval,
-            0,
-            0,
-        )
-
-    def update(self, finite: bool) -> None:
-        if finite:
-            self.good_steps += 1
-            if self.good_steps == self.growth_interval:
-                self.scale, self.good_steps = self.scale * 2, 0
-        else:
-            self.scale, self.good_steps, self.skipped = self.scale / 2, 0, self.skipped + 1
-
-    def state_dict(self) -> dict:
-        return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
+PROGRESS = ("epoch", "batch", "step", "best_value", "best_name", "evaluations_since_best", "evaluated_step", "loss_sum", "loss_count")
 
 
 class TrainingLoss:
@@ -111,17 +92,17 @@ def build_model(config: Config, layout: TableLayout, schema, embeddings: tuple[s
     return model
 
 
-def candidate_ids(config: Config, store) -> np.ndarray:
-    """Items to rank: all of the store, or those of eval.candidates that the store knows."""
+def candidate_ids(config: Config, store) -> tuple[np.ndarray, int]:
+    """Items to rank: all of the store, or those of eval.candidates that the store knows; and how many of the file it does not know."""
     if config.eval.candidates == "all":
-        return np.arange(1, store.num_items + 1)
+        return np.arange(1, store.num_items + 1), 0
     table = read_candidates(Path(config.eval.candidates), store.schema)
     ids = store.item_ids_of(table.creative_ids)
     if not (ids > 0).any():
         raise UserError(
             f"eval.candidates {config.eval.candidates}: none of its {len(ids):,} creative ids is in the data's indexer.\nIs it another data set's?"
         )
-    return np.unique(ids[ids > 0])
+    return np.unique(ids[ids > 0]), int((ids == 0).sum())
 
 
 class Trainer:
@@ -147,38 +128,53 @@ class Trainer:
         self.order = TrainingOrder(
             splits.train, training.batch_size, config.system.seed, config.model.max_seq_length, config.data.length_buckets
         )
-        self.loss = TrainingLoss(config, store, splits.train, device)
-        betas = (training.adam_beta1, training.adam_beta2)
-        self.optimizer = dense_optimizer(
-            self.model, training.optimizer, lr=training.learning_rate, betas=betas, weight_decay=training.weight_decay
-        )
-        decay = training.weight_decay if training.optimizer == "adamw" else 0.0
-        self.table_optimizer = TableOptimizer(
-            self.model.table, training.table_optimizer, betas=betas, weight_decay=decay, l2_emb=training.l2_emb
-        )
         self.scaler = LossScaler(training.precision == "fp16")
-        self.candidates = candidate_ids(config, store)
+        self.candidates, self.num_cold_candidates = candidate_ids(config, store)
+        if self.num_cold_candidates:
+            logger.say(
+                f"candidates: {len(self.candidates):,} are ranked; {self.num_cold_candidates:,} are not in the training data and are left out"
+            )
         self.total_steps = training.max_steps or self.order.num_batches * training.num_epochs
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and updates done
-        self.best_value, self.best_name, self.evaluations_since_best = math.nan, "", 0
+        self.best_value, self.best_name, self.evaluations_since_best, self.evaluated_step = math.nan, "", 0, -1
+        self._valid_metrics: dict = {}
         self.loss_sum, self.loss_count = 0.0, 0  # since the last log line
         self.stop_signal = 0
+
+    # What only training needs is made when it is first asked for: an evaluation holds no moments.
+
+    @cached_property
+    def loss(self) -> TrainingLoss:
+        return TrainingLoss(self.config, self.store, self.splits.train, self.device)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        training = self.config.training
+        betas = (training.adam_beta1, training.adam_beta2)
+        return dense_optimizer(self.model, training.optimizer, lr=training.learning_rate, betas=betas, weight_decay=training.weight_decay)
+
+    @cached_property
+    def table_optimizer(self) -> TableOptimizer:
+        training = self.config.training
+        decay = training.weight_decay if training.optimizer == "adamw" else 0.0
+        betas = (training.adam_beta1, training.adam_beta2)
+        return TableOptimizer(self.model.table, training.table_optimizer, betas=betas, weight_decay=decay, l2_emb=training.l2_emb)
 
     # ---- training ----
 
     def fit(self) -> None:
         """Train to the end, or until a signal or the patience stops it; evaluates and saves on the way."""
+        if self.config.training.warmup_steps >= self.total_steps:
+            self.logger.warn_once(f"warmup_steps {self.config.training.warmup_steps} is no less than the run's {self.total_steps} steps.")
         if self.run.resume_from is not None:
             self._resume(self.run.resume_from)
         with self._signals_noted():
-            while self.step < self.total_steps and not self._out_of_patience():
+            # Where a signal or a kill came between the last step and its evaluation, that evaluation is still due.
+            while (self.step < self.total_steps or self.evaluated_step != self.step) and not self._out_of_patience():
                 self._train_epoch()
                 if self.stop_signal:
                     self.save(None)
                     return
-        if not self.best_name:  # a run that went on from a checkpoint of another run, with nothing left to train
-            valid_loss, _ = self._validate()
-            self.save(valid_loss)
 
     def _train_epoch(self) -> None:
         """The rest of the present epoch, from self.batch on; then evaluation and a checkpoint."""
@@ -233,12 +229,13 @@ class Trainer:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None] + [grad for _, grad in touched]
         loss_scale = self.scaler.scale
         norm = gradient_norm(grads) / loss_scale
-        self._last_norm = float(norm)  # the one sync point of a step: no update may follow a gradient that is not finite
-        finite = math.isfinite(self._last_norm) and math.isfinite(float(loss.detach()))
+        # The one sync point of a step: no update may follow a gradient that is not finite.
+        loss_value, self._last_norm = torch.stack((loss.detach().float(), norm)).tolist()
+        finite = math.isfinite(self._last_norm) and math.isfinite(loss_value)
         if self.scaler.enabled:
             self.scaler.update(finite)
         if not finite and not (self.scaler.enabled and self.scaler.scale >= 1.0):
-            self._report_not_finite(batch, float(loss.detach()))
+            self._report_not_finite(batch, loss_value)
         if finite:
             factor = self.learning_rate_factor(self.step)
             scale = clip_scale(norm, training.gradient_clip) / loss_scale
@@ -251,7 +248,7 @@ class Trainer:
             self.table_optimizer.begin_step()
             for rows, grad in touched:
                 self.table_optimizer.step(rows, grad, (training.table_learning_rate or training.learning_rate) * factor, scale)
-            self.loss_sum, self.loss_count = self.loss_sum + float(loss.detach()), self.loss_count + 1
+            self.loss_sum, self.loss_count = self.loss_sum + loss_value, self.loss_count + 1
         self.optimizer.zero_grad(set_to_none=True)
 
     def learning_rate_factor(self, step: int) -> float:
@@ -289,7 +286,6 @@ class Trainer:
 
     def _log_line(self) -> None:
         seconds = max(time.perf_counter() - self._clock, 1e-9)
-        steps_done = self._users / max(1, self.config.training.batch_size)
         self.logger.train_line(
             {
                 "global_step": self.step,
@@ -302,7 +298,6 @@ class Trainer:
                 "data_wait": self._waited / seconds,
                 "rss_gib": rss_gib(),
                 "total_steps": self.total_steps,
-                "time_left": (self.total_steps - self.step) * seconds / max(steps_done, 1e-9),
             }
         )
         self.loss_sum, self.loss_count = 0.0, 0
@@ -334,12 +329,14 @@ class Trainer:
         metrics = self.evaluate(self.splits.valid)
         name = self.config.eval.best_metric
         value = metrics[name]
-        is_best = math.isnan(self.best_value) or (value < self.best_value if name in LOWER_IS_BETTER else value > self.best_value)
+        better = value < self.best_value if name in LOWER_IS_BETTER else value > self.best_value
+        # A value that is not a number (a score without weighted targets) is the best only until there is another.
+        is_best = better or not self.best_name or (math.isnan(self.best_value) and not math.isnan(value))
         self.logger.eval_line(self.step, self.epoch, "valid", metrics, None if math.isnan(self.best_value) else {name: self.best_value})
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         if is_best:
             self.best_value, self.best_name = float(value), checkpoints.checkpoint_name(self.step, metrics["loss"])
-        self._valid_metrics = metrics
+        self._valid_metrics, self.evaluated_step = metrics, self.step
         return metrics["loss"], is_best
 
     def _out_of_patience(self) -> bool:
@@ -373,15 +370,7 @@ class Trainer:
         return path
 
     def _trainer_state(self) -> dict:
-        return {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "step": self.step,
-            "best_value": self.best_value,
-            "best_name": self.best_name,
-            "evaluations_since_best": self.evaluations_since_best,
-            "loss_sum": self.loss_sum,
-            "loss_count": self.loss_count,
+        return {name: getattr(self, name) for name in PROGRESS} | {
             "optimizer": self.optimizer.state_dict(),
             "table_optimizer": self.table_optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -398,39 +387,59 @@ class Trainer:
             "embeddings": list(self.embeddings),
             "num_items": self.store.num_items,
             "num_users": self.store.num_users,
+            "num_events": self.store.num_events,
             "store": self.store.manifest["fingerprint"],
             "epoch": self.epoch,
-            "metrics": getattr(self, "_valid_metrics", {}),
+            "metrics": self._valid_metrics,
             "torch": torch.__version__,
         }
 
     def _resume(self, path: Path) -> None:
         loaded = checkpoints.load_checkpoint(path, with_trainer=True)
         check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
-        if loaded.meta["store"] != self.store.manifest["fingerprint"]:
-            self.logger.warn_once(f"the data's files changed since {path.name} was written; same schema and sizes, going on.")
-        differing = [key for key in ORDER_SETTINGS if _leaf(loaded.meta["config"], key) != _leaf(self.config.to_dict(), key)]
-        if differing:
-            raise UserError(
-                f"--resume: {', '.join(differing)} differ from the checkpoint's ({path}); they decide which users come next.\n"
-                "Give the run's own settings, or start anew from its weights with --state_dict_path."
-            )
+        self._check_resumable(loaded.meta, path)
         state = loaded.trainer_state
         self.model.load_state_dict(loaded.model_state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.table_optimizer.load_state_dict(state["table_optimizer"])
         self.scaler.__dict__.update(state["scaler"])
-        for name in ("epoch", "batch", "step", "best_value", "best_name", "evaluations_since_best", "loss_sum", "loss_count"):
+        for name in PROGRESS:
             setattr(self, name, state[name])
         best = self.run.checkpoint_dir / self.best_name
         if self.best_name and best.is_dir():
             checkpoints.link(self.run.checkpoint_dir, "best_model.pt", best)  # a kill between a save and its link left the old one
         else:  # going on in another run's folder: the next evaluation is the best so far
-            self.best_value, self.best_name, self.evaluations_since_best = math.nan, "", 0
+            self.best_value, self.best_name, self.evaluations_since_best, self.evaluated_step = math.nan, "", 0, -1
+        self._valid_metrics = loaded.meta["metrics"]
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.logger.say(f"resumed at step {self.step} from {path}")
+
+    def _check_resumable(self, meta: dict, path: Path) -> None:
+        """UserError where going on would not be the same run: other users, another order of them, other optimisers."""
+        sizes = {"users": (meta["num_users"], self.store.num_users), "events": (meta["num_events"], self.store.num_events)}
+        for name, (there, here) in sizes.items():
+            if there != here:  # the split is drawn anew from the users: some held out before would be trained on
+                raise UserError(
+                    f"--resume: {path} was trained on {there:,} {name}, the data now holds {here:,}.\n"
+                    "Give the run's own data, or start a new run from its weights with --state_dict_path."
+                )
+        if meta["store"] != self.store.manifest["fingerprint"]:
+            self.logger.warn_once(
+                f"the data's files are not the ones that {path.name} was trained on, but as many users and events; going on."
+            )
+        saved, present = meta["config"], self.config.to_dict()
+        changed = [key for group in ("training", "loss", "data", "eval", "system") for key in present[group] if key not in FREE_SETTINGS]
+        changed = [key for key in changed if _leaf(saved, key) != _leaf(present, key)]
+        if refused := [key for key in (*ORDER_SETTINGS, *OPTIMIZER_SETTINGS) if key in changed]:
+            raise UserError(
+                f"--resume: {', '.join(refused)} differ from the checkpoint's ({path}); they decide which users come next or what is kept of them.\n"
+                "Give the run's own settings, or start anew from its weights with --state_dict_path."
+            )
+        if changed:
+            texts = [f"{key} {_leaf(saved, key)} -> {_leaf(present, key)}" for key in changed]
+            self.logger.warn_once(f"settings changed since {path.name}: {', '.join(texts)}. The run goes on with the new ones.")
 
     @contextmanager
     def _signals_noted(self) -> Iterator[None]:
@@ -476,6 +485,7 @@ def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> 
         **metrics,
         "num_users": trainer.splits.test.num_samples,
         "num_candidates": len(trainer.candidates),
+        "num_cold_candidates": trainer.num_cold_candidates,
         "seen_removed": config.remove_seen,
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.meta["step"],

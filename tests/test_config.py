@@ -222,10 +222,11 @@ def test_default_settings_warn_of_nothing() -> None:
 
 
 @pytest.mark.parametrize(("values", "starts"), [
-    ({"name": "bce", "temperature": 0.1}, ["loss.temperature 0.1 has no effect with loss.name bce."]),
+    ({"name": "bce", "num_negatives": 1, "temperature": 0.1}, ["loss.temperature 0.1 has no effect with loss.name bce."]),
     ({"name": "bce", "num_negatives": 1}, []),
-    ({"name": "bce", "logq": False}, ["loss.logq false has no effect with loss.name bce."]),
-    ({"name": "bce", "max_in_batch": 7}, ["loss.max_in_batch 7 has no effect with loss.name bce."]),
+    ({"name": "bce"}, ["loss.num_negatives 1024 are drawn for each position"]),
+    ({"name": "bce", "num_negatives": 1, "logq": False}, ["loss.logq false has no effect with loss.name bce."]),
+    ({"name": "bce", "num_negatives": 1, "max_in_batch": 7}, ["loss.max_in_batch 7 has no effect with loss.name bce."]),
     ({"in_batch_negatives": False, "max_in_batch": 7}, ["loss.max_in_batch 7 has no effect with loss.in_batch_negatives false."]),
     ({"name": "full_softmax", "num_negatives": 5, "in_batch_negatives": False},
      ["loss.num_negatives 5 ", "loss.in_batch_negatives false "]),

@@ -12,7 +12,6 @@ from dataset import (
     make_splits,
     predict_split,
     prefetch,
-    ragged_arange,
     training_item_counts,
 )
 from errors import UserError
@@ -71,10 +70,6 @@ def test_deduplicator_equals_numpy_and_keeps_nothing():
         assert (unique[inverse] == ids).all()
 
 
-def test_ragged_arange():
-    assert ragged_arange(np.array([3, 9, 0]), np.array([2, 0, 3])).tolist() == [3, 4, 0, 1, 2]
-
-
 @pytest.mark.parametrize("buckets", [True, False])
 def test_each_sample_once_an_epoch_and_another_order_the_next(buckets):
     split = predict_split(tiny_store(num_users=53))
@@ -99,7 +94,6 @@ def test_training_batch_by_hand():
     assert batch.unique_ids.tolist() == [0, 1, 5, 6, 7, 8, 9]
     assert batch.timestamps.tolist() == [0, *store.timestamps[5:8], 0, *store.timestamps[0:2]]
     assert batch.action_types.tolist() == [0, *(store.action_types[5:8] + 1), 0, *(store.action_types[0:2] + 1)]
-    assert batch.target_actions.tolist() == [*store.action_types[5:9], *store.action_types[0:3]]
 
 
 def test_evaluation_batch_uses_the_last_event():

@@ -14,8 +14,9 @@ from dataset import make_splits
 from errors import RunError, UserError
 from features import TableLayout
 from logger import RunLogger, read_train_log
+from optim import LossScaler
 from runs import RunPaths
-from trainer import LossScaler, Trainer
+from trainer import Trainer
 
 SMALL = {
     "hidden_units": 16, "num_heads": 2, "num_blocks": 1, "max_seq_length": 8, "batch_size": 8, "num_epochs": 2, "dropout_rate": 0.3, "num_negatives": 8,
