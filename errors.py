@@ -43,17 +43,17 @@ def run_cli(main: Callable[[], int | None], *, debug: bool = False) -> int:
     try:
         return main() or EXIT_DONE
     except UserError as error:
-        status, message = EXIT_USER_MISTAKE, str(error)
+        failure, status, message = error, EXIT_USER_MISTAKE, str(error)
     except (RunError, MemoryError) as error:
-        status, message = EXIT_FAILED, str(error) or type(error).__name__
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
+        failure, status, message = error, EXIT_FAILED, str(error) or type(error).__name__
+    except KeyboardInterrupt as error:
+        failure, status, message = error, 130, "interrupted"
     except OSError as error:
         known = disk_full(error, error.filename or "the disk")
         if known is None and not debug:
             traceback.print_exc()
-        status, message = EXIT_FAILED, str(known or error)
+        failure, status, message = error, EXIT_FAILED, str(known or error)
     if debug:
-        traceback.print_exc()
+        traceback.print_exception(failure)  # print_exc would find nothing: the exception is handled by now
     print(f"error: {message}", file=sys.stderr, flush=True)
     return status

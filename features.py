@@ -7,6 +7,7 @@ Legend: M items or users of one gather, F single-valued features, R unique rows 
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -117,6 +118,19 @@ def choose_embeddings(store_or_schema_has, schema: Schema, wanted: str | list[st
                 "Add them, or take it off the list ('auto' uses 81 where present)."
             )
     return chosen
+
+
+def known_items_digest(store) -> str:
+    """A hash of the creative ids behind the item numbers that a model knows: equal numbers must mean equal items."""
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(1, store.num_known_items + 1, 1 << 20):
+        stop = min(start + (1 << 20), store.num_known_items + 1)
+        if isinstance(store.raw_item_ids, np.ndarray):
+            digest.update(",".join(map(str, store.raw_item_ids[start:stop].tolist())).encode())
+        else:
+            digest.update(",".join(store.raw_item_ids.take(range(start, stop))).encode())
+        digest.update(b",")
+    return digest.hexdigest()
 
 
 class FeatureColumns:

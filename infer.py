@@ -21,7 +21,7 @@ from config import Config
 from dataset import predict_split
 from errors import UserError, run_cli
 from evaluate import Ranker, Ranking
-from features import FeatureColumns, TableLayout
+from features import FeatureColumns, TableLayout, known_items_digest
 from model import Recommender
 from schema import Schema
 from store import open_store
@@ -52,8 +52,14 @@ def infer() -> tuple[list[list[int | str]], list[str]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Recommender(config.model, layout, {i: schema[i].width for i in embeddings}, schema.has_time)
     model.load_state_dict(loaded.model_state)
-    ranker = Ranker(model.to(device), FeatureColumns(store, layout, embeddings), np.asarray(store.candidate_item_ids), device=device,
-                    batch_size=config.eval.eval_batch_size, num_workers=max(1, config.data.num_workers))  # fmt: skip
+    ranker = Ranker(
+        model.to(device),
+        FeatureColumns(store, layout, embeddings),
+        np.asarray(store.candidate_item_ids),
+        device=device,
+        batch_size=config.eval.eval_batch_size,
+        num_workers=max(1, config.data.num_workers),
+    )
     ranking = ranker.rank(predict_split(store), ANSWERS, remove_seen=True, fill=True, keep_queries=bool(result_path))
     if result_path:
         write_baseline_files(Path(result_path), store, ranker, ranking)
@@ -88,8 +94,15 @@ def _checkpoint_in(path: Path) -> Path:
 
 def _check_fit(store, meta: dict, schema: Schema, checkpoint_path: Path, data_path: Path) -> None:
     if store.num_known_items != meta["num_items"]:
-        raise UserError(f"{data_path}/indexer.pkl knows {store.num_known_items:,} items, the checkpoint {checkpoint_path} was trained on {meta['num_items']:,}.\n"
-                        "Item numbers would mean other items. Give the data of the same data set.")  # fmt: skip
+        raise UserError(
+            f"{data_path}/indexer.pkl knows {store.num_known_items:,} items, the checkpoint {checkpoint_path} was trained on {meta['num_items']:,}.\n"
+            "Item numbers would mean other items. Give the data of the same data set."
+        )
+    if known_items_digest(store) != meta["item_ids"]:
+        raise UserError(
+            f"{data_path}/indexer.pkl numbers other creative ids than those that the checkpoint {checkpoint_path} was trained on.\n"
+            "Give the data of the same data set."
+        )
     if not len(store.candidate_item_ids):
         raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank.")
     missing = [i for i in meta["embeddings"] if not store.has_embedding(i)]

@@ -25,8 +25,8 @@ from features import TableLayout, choose_embeddings
 from logger import RunLogger, peak_rss_gib
 from report import write_report
 from runs import RunPaths, environment, prepare_eval, prepare_run, restore_status, write_start_files, write_status
-from schema import Schema
 from settings import ParsedArguments, dump_yaml, load_config, print_config, write_config
+from sources import find_source
 from store import Store, has_embedding, open_store
 from trainer import Trainer, check_compatible, write_test_metrics
 
@@ -57,7 +57,8 @@ def train(arguments: ParsedArguments) -> int:
     if config.eval.candidates != "all" and not Path(config.eval.candidates).exists():
         raise UserError(f"eval.candidates: {config.eval.candidates}: no such file or folder. Give predict_set.jsonl, candidate/, or all.")
     if options.state_dict_path is not None:
-        checkpoints.find_checkpoint(options.state_dict_path)  # a wrong path is said before anything is made
+        checkpoints.find_checkpoint(options.state_dict_path)  # a wrong path is said before anything is made, or removed by --overwrite
+    embeddings_of(config)  # so is a wrong data folder
     run = prepare_run(
         config.paths,
         run_name=config.system.run_name,
@@ -153,16 +154,27 @@ def settings_of_checkpoint(arguments: ParsedArguments, meta: dict, path: Path) -
     return with_values(arguments.config, **values)
 
 
+def embeddings_of(config: Config) -> tuple[str, ...]:
+    """The embeddings to use; UserError where the data folder lacks one of them, or a file that every run needs."""
+    data_path = Path(config.paths.data_path)
+    schema = find_source(data_path, "train").schema
+    return choose_embeddings(lambda i: has_embedding(data_path, schema[i]), schema, config.data.multimodal_features)
+
+
 def build_trainer(config: Config, run: RunPaths, logger: RunLogger, device: torch.device) -> Trainer:
     """Open the store, split it, and make the trainer; says what it found."""
-    data_path = Path(config.paths.data_path)
-    schema = Schema.load(data_path)
-    embeddings = choose_embeddings(lambda i: has_embedding(data_path, schema[i]), schema, config.data.multimodal_features)
+    data_path, embeddings = Path(config.paths.data_path), embeddings_of(config)
     store = open_store(
         data_path, Path(config.paths.cache_path), embeddings=embeddings, max_bad_lines=config.data.max_bad_lines, log=logger.say
     )
-    splits = make_splits(store, protocol=config.eval.protocol, holdout_fraction=config.eval.holdout_fraction, target=config.eval.target,
-                         seed=config.system.seed, max_eval_users=config.eval.max_eval_users)  # fmt: skip
+    splits = make_splits(
+        store,
+        protocol=config.eval.protocol,
+        holdout_fraction=config.eval.holdout_fraction,
+        target=config.eval.target,
+        seed=config.system.seed,
+        max_eval_users=config.eval.max_eval_users,
+    )
     layout = TableLayout.from_store(store, config.model.user_id)
     data_summary(logger, store, splits, embeddings)
     trainer = Trainer(config, store, layout, embeddings, splits, run, logger, device)
@@ -174,8 +186,10 @@ def with_demo_data(config: Config) -> Config:
     """The settings with the demo data's folder where no data was given; it is made on first use. A given path must exist."""
     if config.paths.data_path:
         if not Path(config.paths.data_path).is_dir():
-            raise UserError(f"data_path: {config.paths.data_path}: no such folder.\nGive TencentGR data, or a set converted by convert.py "
-                            "(--data_path, TRAIN_DATA_PATH or config.yaml); leave it empty for demo data.")  # fmt: skip
+            raise UserError(
+                f"data_path: {config.paths.data_path}: no such folder.\nGive TencentGR data, or a set converted by convert.py "
+                "(--data_path, TRAIN_DATA_PATH or config.yaml); leave it empty for demo data."
+            )
         return config
     if not DEMO_FOLDER.exists():
         from synthetic import generate  # only where demo data must be made
@@ -231,9 +245,19 @@ def banner(logger: RunLogger, arguments: ParsedArguments, config: Config, run: R
     rows = [
         ("device", f"{device} ({from_where}), {torch.get_num_threads()} threads, {config.training.precision}, torch {torch.__version__}")
     ]
-    rows += [(key, f"{getattr(config.paths, key) or chosen}  ({demo.get(key) or (arguments.origins[key] if getattr(config.paths, key) else 'chosen')})")
-             for key, chosen in (("data_path", ""), ("cache_path", ""), ("log_path", run.log_dir), ("tensorboard_path", run.tensorboard_dir),
-                                 ("checkpoint_path", run.checkpoint_dir))]  # fmt: skip
+    rows += [
+        (
+            key,
+            f"{getattr(config.paths, key) or chosen}  ({demo.get(key) or (arguments.origins[key] if getattr(config.paths, key) else 'chosen')})",
+        )
+        for key, chosen in (
+            ("data_path", ""),
+            ("cache_path", ""),
+            ("log_path", run.log_dir),
+            ("tensorboard_path", run.tensorboard_dir),
+            ("checkpoint_path", run.checkpoint_dir),
+        )
+    ]
     rows.append(("settings", str(arguments.config_file or "defaults")))
     logger.banner("generative recommender", rows)
     for warning in warnings_for(config):
@@ -242,12 +266,22 @@ def banner(logger: RunLogger, arguments: ParsedArguments, config: Config, run: R
 
 def data_summary(logger: RunLogger, store: Store, splits, embeddings: tuple[str, ...]) -> None:
     rejected = store.summary.get("rejected", 0)
-    logger.banner("data", [
-        ("store", f"{store.path} ({'found in the cache' if store.cache_hit else 'compiled now'})"),
-        ("users", f"{store.num_users:,}"), ("items", f"{store.num_items:,}"), ("events", f"{store.num_events:,}"), ("rejected", f"{rejected:,}"),
-        ("embeddings", ", ".join(embeddings) or "none"),
-        ("samples", f"{splits.train.num_samples:,} for training, {splits.valid.num_samples:,} for validation, {splits.test.num_samples:,} for test"),
-        *(("note", note) for note in splits.notes)])  # fmt: skip
+    logger.banner(
+        "data",
+        [
+            ("store", f"{store.path} ({'found in the cache' if store.cache_hit else 'compiled now'})"),
+            ("users", f"{store.num_users:,}"),
+            ("items", f"{store.num_items:,}"),
+            ("events", f"{store.num_events:,}"),
+            ("rejected", f"{rejected:,}"),
+            ("embeddings", ", ".join(embeddings) or "none"),
+            (
+                "samples",
+                f"{splits.train.num_samples:,} for training, {splits.valid.num_samples:,} for validation, {splits.test.num_samples:,} for test",
+            ),
+            *(("note", note) for note in splits.notes),
+        ],
+    )
 
 
 def model_table(logger: RunLogger, trainer: Trainer) -> None:
@@ -272,14 +306,20 @@ def same_command(*more: str) -> str:
 
 
 def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dict, report: Path) -> None:
-    logger.banner("done", [
-        ("test", f"HR@10 {metrics['hr@10']:.4f}, NDCG@10 {metrics['ndcg@10']:.4f}, score {metrics['score']:.4f}"),
-        ("best checkpoint", run.checkpoint_dir / "best_model.pt"), ("metrics", run.log_dir / "metrics.json"), ("report", report),
-        ("peak memory", f"{peak_rss_gib():.2f} GiB"),
-        ("watch", f"tensorboard --logdir {run.tensorboard_dir}"),
-        ("train longer", same_command("--resume_path", str(run.checkpoint_dir), "--num_epochs", str(2 * config.training.num_epochs))),
-        ("evaluate again", same_command("--inference_only", "--state_dict_path", str(run.checkpoint_dir / "best_model.pt"))),
-        ("your own data", "set data_path in config.yaml; USAGE.md tells what the folder holds")])  # fmt: skip
+    logger.banner(
+        "done",
+        [
+            ("test", f"HR@10 {metrics['hr@10']:.4f}, NDCG@10 {metrics['ndcg@10']:.4f}, score {metrics['score']:.4f}"),
+            ("best checkpoint", run.checkpoint_dir / "best_model.pt"),
+            ("metrics", run.log_dir / "metrics.json"),
+            ("report", report),
+            ("peak memory", f"{peak_rss_gib():.2f} GiB"),
+            ("watch", f"tensorboard --logdir {run.tensorboard_dir}"),
+            ("train longer", same_command("--resume_path", str(run.checkpoint_dir), "--num_epochs", str(2 * config.training.num_epochs))),
+            ("evaluate again", same_command("--inference_only", "--state_dict_path", str(run.checkpoint_dir / "best_model.pt"))),
+            ("your own data", "set data_path in config.yaml; USAGE.md tells what the folder holds"),
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from config import Config
 from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
 from errors import RunError, UserError
 from evaluate import Ranker, baseline_metrics, move, split_metrics
-from features import FeatureColumns, FeatureInputs, TableLayout
+from features import FeatureColumns, FeatureInputs, TableLayout, known_items_digest
 from logger import RunLogger, rss_gib
 from losses import bce_loss, log_expected_count, softmax_loss
 from model import Recommender
@@ -159,6 +159,10 @@ class Trainer:
         decay = training.weight_decay if training.optimizer == "adamw" else 0.0
         betas = (training.adam_beta1, training.adam_beta2)
         return TableOptimizer(self.model.table, training.table_optimizer, betas=betas, weight_decay=decay, l2_emb=training.l2_emb)
+
+    @cached_property
+    def _item_ids_digest(self) -> str:
+        return known_items_digest(self.store)
 
     # ---- training ----
 
@@ -388,6 +392,7 @@ class Trainer:
             "num_items": self.store.num_items,
             "num_users": self.store.num_users,
             "num_events": self.store.num_events,
+            "item_ids": self._item_ids_digest,
             "store": self.store.manifest["fingerprint"],
             "epoch": self.epoch,
             "metrics": self._valid_metrics,
@@ -494,6 +499,7 @@ def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> 
     if config.baselines:
         baselines = Baselines(trainer.store, trainer.splits.train, trainer.candidates, config.remove_seen)
         result |= baseline_metrics(baselines, trainer.splits.test, config.top_k, config.score_round)
-    trainer.logger.eval_line(result["step"], result["epoch"], "test", result, None)
+    # At the run's last step, not the checkpoint's: a reader of train.log takes an earlier step for a resumed run's.
+    trainer.logger.eval_line(max(trainer.step, result["step"]), max(trainer.epoch, result["epoch"]), "test", result, None)
     write_text_atomic(trainer.run.log_dir / "metrics.json", json.dumps(checkpoints.plain_json(result), indent=1) + "\n")  # nan is null
     return result

@@ -324,10 +324,15 @@ def test_resume_path_goes_on_from_another_runs_checkpoint(world):
 
 
 def test_a_finished_run_goes_on_for_more_epochs(world):
-    assert world.run(*places(Path("more"))).status == 0
-    result = world.run(*places(Path("more")), "--resume", "--num_epochs", 3)
-    assert result.status == 0 and "is finished; going on from its last checkpoint" in result.out and "resumed at step 8" in result.out
-    assert status_of(world.cwd / "more/log")["step"] == 12 and (world.cwd / "more/ckpt/checkpoint_epoch_3.pt").is_file()
+    result = world.run(*places(Path("more")))
+    (line,) = [line for line in result.out.splitlines() if line.strip().startswith("train longer")]
+    command = shlex.split(line.split("train longer")[1])
+    assert command[-2:] == ["--num_epochs", "4"]
+    result = run_main(*command[2:], cwd=world.cwd)
+    assert result.status == 0 and "resumed at step 8 from more/ckpt/global_step8." in result.out, result.err
+    assert status_of(world.cwd / "more/log")["step"] == 16 and (world.cwd / "more/ckpt/checkpoint_epoch_4.pt").is_file()
+    result = world.run(*places(Path("more")), "--resume", "--num_epochs", 5)
+    assert result.status == 0 and "is finished; going on from its last checkpoint" in result.out and "resumed at step 16" in result.out
 
 
 def test_a_second_interrupt_ends_it_at_once(world, monkeypatch):
@@ -394,14 +399,24 @@ def test_a_taken_folder_is_refused_and_overwrite_takes_it(world):
     assert [path.name.split(".")[0] for path in list_checkpoints(world.cwd / "taken/ckpt")] == ["global_step2", "global_step3"]
 
 
+@pytest.mark.parametrize("flags", [("--mm_emb_id", 82), ("--data_path", "void"), ("--state_dict_path", "nowhere")], ids=str)
+def test_a_mistake_leaves_no_folder_and_overwrites_nothing(world, flags):
+    (world.cwd / "void").mkdir(exist_ok=True)
+    before = sorted((path, path.stat().st_mtime_ns) for path in (world.cwd / "whole").rglob("*"))
+    assert_mistake(world.run(*places(Path("mistaken")), *flags), str(flags[1]))
+    assert not (world.cwd / "mistaken").exists()
+    assert_mistake(world.run(*places(Path("whole")), "--overwrite", *flags), str(flags[1]))
+    assert sorted((path, path.stat().st_mtime_ns) for path in (world.cwd / "whole").rglob("*")) == before
+
+
 # ---- a checkpoint's weights ----
 
 
 def test_inference_only_repeats_the_metrics_in_a_folder_of_its_own(world):
     log = world.cwd / "whole/log"
     before = {path.name: path.read_bytes() for path in log.iterdir() if path.is_file()}
-    # Neither the model's settings nor its seed are given: they come from the checkpoint.
-    (world.cwd / "bare.yaml").write_text("training: {batch_size: 3}\nsystem: {num_threads: 1}\n")
+    # The model's settings and the split come from the checkpoint, whatever the file says.
+    (world.cwd / "bare.yaml").write_text("training: {batch_size: 3}\nsystem: {num_threads: 1, seed: 7}\neval: {protocol: leave_one_out}\n")
     for start in ("whole/ckpt/best_model.pt", json.loads((log / "metrics.json").read_text())["checkpoint"]):
         flags = ("--config", "bare.yaml", "--data_path", "data", "--log_path", "whole/log", "--inference_only", "--state_dict_path", start)
         result = run_main(*flags, cwd=world.cwd)
@@ -416,17 +431,19 @@ def test_inference_only_repeats_the_metrics_in_a_folder_of_its_own(world):
 
 
 def test_inference_only_follows_the_evaluation_settings(world):
-    world.run("--log_path", "whole/log", "--inference_only", "--state_dict_path", "whole/ckpt/best_model.pt", "--protocol", "leave_one_out",
-              "--no-remove_seen", "--top_k", 5, 20, "--run_name", "loo", "--log_path", "loo")  # fmt: skip
-    (folder,) = (world.cwd / "loo").glob("eval-*")
+    flags = ("--no-remove_seen", "--top_k", 5, 20, "--max_eval_users", 2, "--no-baselines", "--log_path", "other_eval")
+    assert world.run("--inference_only", "--state_dict_path", "whole/ckpt/best_model.pt", *flags).status == 0
+    (folder,) = (world.cwd / "other_eval").glob("eval-*")
     metrics = metrics_of(folder)
-    assert metrics["num_users"] > 40 and metrics["seen_removed"] is False and {"hr@5", "hr@10", "ndcg@20"} <= set(metrics)
+    assert metrics["num_users"] == 2 and metrics["seen_removed"] is False and {"hr@5", "hr@10", "ndcg@20"} <= set(metrics)
+    assert "popularity.hr@10" not in metrics
 
 
 @pytest.mark.parametrize("flags,words", [
-    (("--hidden_units", 16), ("--hidden_units 16", "trained with 8")),
-    (("--maxlen", 7, "--position", "learned"), ("--max_seq_length 7", "--position learned")),
+    (("--hidden_units", 16), ("hidden_units is 16 (flag --hidden_units)", "trained with 8")),
+    (("--maxlen", 7, "--position", "learned"), ("max_seq_length is 7 (flag --maxlen)", "position is learned")),
     (("--mm_emb_id", "none"), ("multimodal_features",)),
+    (("--protocol", "leave_one_out", "--seed", 7), ("protocol is leave_one_out", "trained with holdout", "seed is 7", "trained with 42")),
     (("--state_dict_path", "nowhere.pt"), ("nowhere.pt",)),
     (("--state_dict_path", "small.yaml"), ("small.yaml",)),
 ], ids=str)  # fmt: skip
