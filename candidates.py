@@ -17,17 +17,16 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from columns import ID_LIMIT, is_number
 from errors import UserError
 from schema import IGNORED_FEATURES, Schema
 from sources import INT32_MAX, Ragged, Rejects, Rules, parts
-from sources_jsonl import FeatureReader, read_range
+from sources_jsonl import FeatureReader, read_range, why_not_json
+from sources_parquet import batches, is_list, list_lengths, open_parquet
 
 BATCH_ROWS = 65_536
 EXACT_FLOAT = 2**53  # whole numbers above are not exact in a float
-ID_LIMIT = 2**64
-MAX_DIGITS = 40  # leading zeros included
 CANDIDATE_FILE, CANDIDATE_FOLDER = "predict_set.jsonl", "candidate"
 CREATIVE_ID, RETRIEVAL_ID = "creative_id", "retrieval_id"
 NOT_FEATURES = frozenset({CREATIVE_ID, RETRIEVAL_ID, "reid_creative_id"}) | IGNORED_FEATURES
@@ -69,11 +68,8 @@ def normalise_id(value: object) -> int | str:
     else: negative, too large, a float that is not whole or not exact, an empty string, a bool, null.
     """
     if isinstance(value, str):
-        plain = len(value) <= MAX_DIGITS and value.isascii() and value.isdigit() and (value[0] != "0" or value == "0")
-        if plain and int(value) < ID_LIMIT:
-            return int(value)
         if value:
-            return str(value)
+            return int(value) if is_number(value) else str(value)
     elif isinstance(value, (float, np.floating)):
         if 0 <= value <= EXACT_FLOAT and value == int(value):
             return int(value)
@@ -192,17 +188,6 @@ def _retrieval_id(value: object) -> int:
     return number
 
 
-def why_not_json(line: bytes, error: Exception) -> str:
-    """Why a line that should hold one JSON object does not, in words."""
-    if not line.strip():
-        return "an empty line; expected one JSON object a line"
-    if line.startswith(b"\xef\xbb\xbf"):
-        return "the line starts with a byte order mark; save the file as UTF-8 without one"
-    if b"NaN" in line or b"Infinity" in line:
-        return "NaN or Infinity is no JSON; expected finite numbers"
-    return f"{'' if line.rstrip().endswith(b'}') else 'the line is cut off or '}not JSON: {error}"
-
-
 def _pack(ids: list) -> np.ndarray | list:
     return ids if set(map(type, ids)) - {int} else np.fromiter(ids, np.uint64, len(ids))
 
@@ -215,42 +200,17 @@ def _retrieval(ids: list) -> tuple[np.ndarray, np.ndarray]:
     return np.fromiter(ids, np.uint64, len(ids)), np.ones(len(ids), dtype=bool)
 
 
-def open_parquet(path: Path, needed: tuple[str, ...]) -> pq.ParquetFile:
-    """A parquet file that has the columns `needed`; UserError where it is damaged or lacks one.
-
-    Read through a buffer of 1 MiB a column: otherwise a whole row group of wide vectors would be loaded at once.
-    """
-    try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not readable as parquet ({str(error).splitlines()[0][:120]}). Get it again from its source.") from None
-    missing = [name for name in needed if name not in file.schema_arrow.names]
-    if missing:
-        raise UserError(f"{path}: column {', '.join(map(repr, missing))} is missing; it has {', '.join(file.schema_arrow.names[:20])}.")
-    return file
-
-
-def batches(file: pq.ParquetFile, path: Path, rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Batches of at most `rows` rows; UserError where the file turns out to be damaged."""
-    try:
-        yield from file.iter_batches(batch_size=rows, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: damaged parquet file ({str(error).splitlines()[0][:120]}). Get it again from its source.") from None
-
-
 def _parquet_rows(path: Path, schema: Schema, rejects: Rejects, tally: Counter) -> Iterator[_Rows]:
     single, multi = ([f.id for f in schema.select("item", kind)] for kind in ("single", "multi"))
     file = open_parquet(path, (CREATIVE_ID,))
     names = file.schema_arrow.names
     for name in set(names) - NOT_FEATURES - set(single) - set(multi):
         tally[f"ignored: item feature {name[:40]!r} is not in the schema"] += file.metadata.num_rows
-    first_row = 1
-    for batch in batches(file, path, BATCH_ROWS, [n for n in names if n in {CREATIVE_ID, RETRIEVAL_ID, *single, *multi}]):
-        keep, ids, retrieval_ids = _row_ids(batch, path, first_row, rejects)
+    for ahead, batch in batches(path, tuple(n for n in names if n in {CREATIVE_ID, RETRIEVAL_ID, *single, *multi}), BATCH_ROWS):
+        keep, ids, retrieval_ids = _row_ids(batch, path, ahead + 1, rejects)
         if not keep.all():
             batch = batch.filter(pa.array(keep))
         tally["read: candidates"] += len(keep)
-        first_row += len(keep)
         matrix = np.zeros((batch.num_rows, len(single)), dtype=np.int32)
         lists = {}
         try:
@@ -258,7 +218,7 @@ def _parquet_rows(path: Path, schema: Schema, rejects: Rejects, tally: Counter) 
                 if name in batch.schema.names:
                     matrix[:, column] = _values(batch[name], name, tally)
             for name in multi:
-                lists[name] = _lists(batch[name], name, tally) if name in batch.schema.names else _no_lists(batch.num_rows)
+                lists[name] = _ragged(batch[name], name, tally) if name in batch.schema.names else _no_lists(batch.num_rows)
         except _ColumnTypeError as error:
             raise UserError(f"{path}: column {name!r} is {error}; expected struct<feature_value, is_str> or whole numbers.") from None
         yield _Rows(_pack(ids), *_retrieval(retrieval_ids), matrix, lists)
@@ -333,7 +293,7 @@ def _unpack(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
     return values, is_str != 0
 
 
-def _lists(column: pa.Array, name: str, tally: Counter) -> Ragged:
+def _ragged(column: pa.Array, name: str, tally: Counter) -> Ragged:
     """Lists of numbers or of structs, or a struct of one list and one is_str; a single value becomes a list of one. Zeros are dropped."""
     cold = None
     if pa.types.is_struct(column.type) and any(field.name == "feature_value" and is_list(field.type) for field in column.type):
@@ -341,16 +301,9 @@ def _lists(column: pa.Array, name: str, tally: Counter) -> Ragged:
     if not is_list(column.type):
         values = _values(column, name, tally)
         tally[f"coerced: item feature {name}: one value where the schema says a list"] += int((values > 0).sum())
-        return Ragged((values > 0).astype(np.int64), values[values > 0])
-    counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    values = _values(column.flatten(), name, tally, None if cold is None else np.repeat(cold, counts))
-    rows = np.repeat(np.arange(len(counts)), counts)[values > 0]
-    return Ragged(np.bincount(rows, minlength=len(counts)).astype(np.int64), values[values > 0])
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a parquet type is a list of any of the three sorts."""
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        return Ragged(np.ones(len(values), dtype=np.int64), values).without_zeros()
+    counts = list_lengths(column)
+    return Ragged(counts, _values(column.flatten(), name, tally, None if cold is None else np.repeat(cold, counts))).without_zeros()
 
 
 def _no_lists(rows: int) -> Ragged:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+ID_LIMIT = 2**64  # creative ids that are numbers lie below
+
 
 def ragged_places(begin: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Indexes of the runs begin[i] .. begin[i] + counts[i], one after another: (sum of counts) int64."""
@@ -138,8 +140,8 @@ class ItemLookup:
 
 
 def is_number(text: str) -> bool:
-    """Whether a creative id in a string is a number of 64 bits (the largest one apart, which stands for none).
+    """Whether a creative id in a string is a number, below ID_LIMIT.
 
     "007" is none: its zeros are part of the name (Amazon's product ids), and as a number it would come back without them.
     """
-    return text.isascii() and text.isdigit() and len(text) <= 20 and (text[0] != "0" or text == "0") and int(text) < 2**64 - 1
+    return text.isascii() and text.isdigit() and len(text) <= 20 and (text[0] != "0" or text == "0") and int(text) < ID_LIMIT

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dataset import Deduplicator
-from errors import UserError
+from multimodal import required_embedding
 from schema import Schema
 
 ITEM_ID, USER_ID = "item_id", "user_id"
@@ -108,15 +108,7 @@ def choose_embeddings(store_or_schema_has, schema: Schema, wanted: str | list[st
         return tuple(i for i in ("81",) if i in known and store_or_schema_has(i))
     chosen = tuple(dict.fromkeys(str(i) for i in wanted))
     for feature_id in chosen:
-        if feature_id not in known:
-            raise UserError(
-                f"multimodal_features: {feature_id!r} is not an embedding of this data's schema; it has {', '.join(known) or 'none'}."
-            )
-        if not store_or_schema_has(feature_id):
-            raise UserError(
-                f"multimodal_features: the data has no vectors of {feature_id} in creative_emb/ or mm_emb/.\n"
-                "Add them, or take it off the list ('auto' uses 81 where present)."
-            )
+        required_embedding(schema, feature_id, store_or_schema_has)
     return chosen
 
 

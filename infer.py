@@ -70,7 +70,8 @@ def _folder(variable: str, what: str) -> Path:
     value = os.environ.get(variable) or ""
     if not value:
         raise UserError(
-            f"{variable} is not set: it names {what}.\nFor example: MODEL_OUTPUT_PATH=checkpoints/RUN/best_model.pt EVAL_DATA_PATH=data-eval python infer.py"
+            f"{variable} is not set: it names {what}.\n"
+            "For example: MODEL_OUTPUT_PATH=checkpoints/RUN/best_model.pt EVAL_DATA_PATH=data-eval python infer.py"
         )
     if not Path(value).exists():
         raise UserError(f"{variable}={value}: no such file or folder; it names {what}.")
@@ -88,14 +89,16 @@ def _checkpoint_in(path: Path) -> Path:
     if best.exists():
         return best
     raise UserError(
-        f"MODEL_OUTPUT_PATH={path}: expected a checkpoint folder (model.pt, meta.json), found {len(inside)} folders global_step*.\nName one of them."
+        f"MODEL_OUTPUT_PATH={path}: expected a checkpoint folder (model.pt, meta.json), found {len(inside)} folders global_step*.\n"
+        "Name one of them."
     )
 
 
 def _check_fit(store, meta: dict, schema: Schema, checkpoint_path: Path, data_path: Path) -> None:
     if store.num_known_items != meta["num_items"]:
         raise UserError(
-            f"{data_path}/indexer.pkl knows {store.num_known_items:,} items, the checkpoint {checkpoint_path} was trained on {meta['num_items']:,}.\n"
+            f"{data_path}/indexer.pkl knows {store.num_known_items:,} items, "
+            f"the checkpoint {checkpoint_path} was trained on {meta['num_items']:,}.\n"
             "Item numbers would mean other items. Give the data of the same data set."
         )
     if known_items_digest(store) != meta["item_ids"]:
@@ -105,11 +108,6 @@ def _check_fit(store, meta: dict, schema: Schema, checkpoint_path: Path, data_pa
         )
     if not len(store.candidate_item_ids):
         raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank.")
-    missing = [i for i in meta["embeddings"] if not store.has_embedding(i)]
-    if missing:
-        raise UserError(
-            f"{data_path}: the model uses the embeddings {', '.join(missing)}, which the data lacks (creative_emb/ or mm_emb/)."
-        )
     if store.schema.features != schema.features:
         raise UserError(f"{data_path}: its schema differs from the one the checkpoint {checkpoint_path} was trained with.")
 
@@ -130,7 +128,7 @@ def creative_ids(store, item_ids: np.ndarray) -> list[list[int | str]]:
 
 
 def write_baseline_files(folder: Path, store, ranker: Ranker, ranking: Ranking) -> None:
-    """The organisers' intermediate files, for tools that read them: vectors in .fbin, retrieval ids in .u64bin, their creative ids in JSON."""
+    """The organisers' intermediate files, for tools that read them: vectors (.fbin), retrieval ids (.u64bin), their creative ids (JSON)."""
     folder.mkdir(parents=True, exist_ok=True)
     items = np.asarray(store.candidate_item_ids)
     place = np.searchsorted(ranker.candidate_ids, items)

@@ -19,14 +19,14 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from candidates import batches, is_list, normalise_column, normalise_id, open_parquet, why_not_json
+from candidates import normalise_column, normalise_id
 from errors import RunError, UserError, disk_full
 from plain_pickle import load_plain_pickle
-from schema import Feature
+from schema import Feature, Schema
 from sources import Progress, Rejects
-from sources_jsonl import read_range
+from sources_jsonl import read_range, why_not_json
+from sources_parquet import batches, is_list, list_lengths, num_rows
 
 CREATIVE_ID, VECTOR = "anonymous_cid", "emb"
 FOLDERS = ("creative_emb", "mm_emb")
@@ -87,6 +87,24 @@ def find_embedding(data_path: str | Path, feature: Feature) -> EmbeddingSource |
     if empty and not found:
         raise UserError(f"{empty[0]}: a folder of vectors without any; expected part-* or *.json files of JSON lines, or *.parquet files.")
     return min(found)[3] if found else None
+
+
+def required_embedding(schema: Schema, feature_id: str, has: Callable[[str], bool], where: str = "the data") -> Feature:
+    """The embedding `feature_id` of a schema. has: whether the data, which `where` names, holds the vectors of an id.
+
+    UserError where the schema has no such embedding, or the data no vectors of it.
+    """
+    known = [feature.id for feature in schema.embeddings]
+    if feature_id not in known:
+        raise UserError(
+            f"multimodal_features: {feature_id!r} is not an embedding of this data's schema; it has {', '.join(known) or 'none'}."
+        )
+    if not has(feature_id):
+        raise UserError(
+            f"multimodal_features: {where} has no vectors of {feature_id} in creative_emb/ or mm_emb/.\n"
+            "Add them, or take it off the list ('auto' uses 81 where present)."
+        )
+    return schema[feature_id]
 
 
 def _source(path: Path, feature_id: str, width: int) -> EmbeddingSource:
@@ -264,11 +282,9 @@ def _matrix(vectors: list, width: int) -> np.ndarray | None:
 def _parquet_rows(source: EmbeddingSource, width: int, bar: Progress) -> Iterator[_Rows]:
     rows = max(16, min(65_536, PIECE_BYTES // (4 * width)))
     for path in source.files:
-        file = open_parquet(path, (CREATIVE_ID, VECTOR))
-        size, total, first_row = path.stat().st_size, max(1, file.metadata.num_rows), 1
-        for batch in batches(file, path, rows, [CREATIVE_ID, VECTOR]):
-            yield _parquet_piece(path, batch[CREATIVE_ID], batch[VECTOR], first_row, width)
-            first_row += batch.num_rows
+        size, total = path.stat().st_size, max(1, num_rows([path]))
+        for ahead, batch in batches(path, (CREATIVE_ID, VECTOR), rows):
+            yield _parquet_piece(path, batch[CREATIVE_ID], batch[VECTOR], ahead + 1, width)
             bar.update(size * batch.num_rows // total)
 
 
@@ -286,7 +302,7 @@ def _parquet_piece(path: Path, ids: pa.Array, vectors: pa.Array, first_row: int,
     if not is_list(kind) or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
         raise UserError(f"{path}: column {VECTOR!r} is of type {kind}; expected a list of float, or text that is JSON.")
     there = vectors.is_valid().to_numpy(zero_copy_only=False)
-    lengths = pc.fill_null(pc.list_value_length(vectors), 0).to_numpy(zero_copy_only=False)
+    lengths = list_lengths(vectors)
     there &= lengths > 0
     reasons = {int(k): f"emb has {lengths[k]} values; expected {width}" for k in np.flatnonzero(there & (lengths != width))}
     wrong_width = next(((first_row + k, int(lengths[k])) for k in reasons), None)

@@ -31,11 +31,12 @@ class Rejects:
     """Lines and rows that are left out, each with its reason, up to a limit.
 
     limit: how many are allowed (0: the first one stops). path: JSON-lines file that lists them; made at the first reject.
+    kind: the store's; in "predict" the error proposes no flag, as infer.py has none.
     `count` int, `by_reason` Counter keyed by the reason with its numbers taken out.
     """
 
-    def __init__(self, limit: int, path: Path) -> None:
-        self.limit, self.path = limit, Path(path)
+    def __init__(self, limit: int, path: Path, *, kind: str = "train") -> None:
+        self.limit, self.path, self.kind = limit, Path(path), kind
         self.count = 0
         self.by_reason: Counter[str] = Counter()
 
@@ -46,9 +47,10 @@ class Rejects:
         if self.count > self.limit:
             where = f"{file}" if line is None else f"{file}:{line}"
             listed = f" ({self.limit:,} rejects before it are listed in {self.path})" if self.count > 1 else ""
-            raise UserError(
-                f"{where}: {reason}{listed}.\nMend it, or allow rejects: --max_bad_lines N (now {self.limit}) leaves out and lists up to N."
-            )
+            remedy = f"Mend it, or allow rejects: --max_bad_lines N (now {self.limit}) leaves out and lists up to N."
+            if self.kind == "predict":
+                remedy = f"Mend it, or take it out of the file; as many as the checkpoint was trained with ({self.limit}) are left out."
+            raise UserError(f"{where}: {reason}{listed}.\n{remedy}")
         mode = "w" if self.count == 1 else "a"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, mode, encoding="utf-8") as out:
@@ -97,6 +99,14 @@ class Ragged(NamedTuple):
     def select(self, keep: np.ndarray) -> Ragged:
         """The lists where `keep` (N) bool holds."""
         return Ragged(self.counts[keep], self.values[np.repeat(keep, self.counts)])
+
+    def without_zeros(self) -> Ragged:
+        """The lists without their zeros, which are missing values."""
+        keep = self.values != 0
+        if keep.all():
+            return self
+        rows = np.repeat(np.arange(len(self.counts)), self.counts)[keep]
+        return Ragged(np.bincount(rows, minlength=len(self.counts)).astype(np.int64), self.values[keep])
 
 
 class FeatureRows(NamedTuple):
@@ -156,7 +166,7 @@ class Rules:
 
     @property
     def lenient(self) -> bool:
-        """Users to predict must be answered: odd feature values and a missing profile are counted, not rejected."""
+        """Users to predict must be answered: odd values, a missing profile or time, events out of order are counted, not rejected."""
         return self.kind == "predict"
 
     @property
@@ -183,7 +193,10 @@ class Rules:
 
 def check_sequences(rules: Rules, user_ids: np.ndarray | None, counts: np.ndarray, item_ids: np.ndarray, action_types: np.ndarray,
                     timestamps: np.ndarray) -> dict[int, str]:  # fmt: skip
-    """Which users break the rules, and how: {row: reason}. Arrays as in SeqChunk; user_ids None: not checked (predict)."""
+    """Which users break the rules, and how: {row: reason}. Arrays as in SeqChunk; user_ids None: not checked (predict).
+
+    The order of events is checked in train alone; in predict, sort_events mends it.
+    """
     ends = np.cumsum(counts)
     bad: dict[int, str] = {}
 
@@ -207,16 +220,35 @@ def check_sequences(rules: Rules, user_ids: np.ndarray | None, counts: np.ndarra
         (action_types < 0) | (action_types >= NUM_ACTION_TYPES),
         lambda e: f"action type {action_types[e]} is outside 0..{NUM_ACTION_TYPES - 1}",
     )
-    if rules.schema.has_time and len(timestamps):
-        backwards = np.zeros(len(timestamps), dtype=bool)
-        backwards[1:] = timestamps[1:] < timestamps[:-1]
-        starts = (ends - counts)[counts > 0]
-        backwards[starts] = False
+    if rules.schema.has_time and not rules.lenient:
         mark(
-            backwards,
+            _backwards(counts, timestamps),
             lambda e: f"timestamp {timestamps[e]} comes before the one ahead of it, {timestamps[e - 1]}; events are ordered oldest first",
         )
     return bad
+
+
+def _backwards(counts: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+    """Which events (E) bool come before the one ahead of them of the same user."""
+    out = np.zeros(len(timestamps), dtype=bool)
+    out[1:] = timestamps[1:] < timestamps[:-1]
+    out[(np.cumsum(counts) - counts)[counts > 0]] = False
+    return out
+
+
+def sort_events(rules: Rules, chunk: SeqChunk, tally: Counter) -> None:
+    """Put events of users to predict in the order of their times, equal ones as they stand; the users this changes are counted."""
+    if not (rules.lenient and rules.schema.has_time):
+        return
+    backwards = _backwards(chunk.counts, chunk.timestamps)
+    if not backwards.any():
+        return
+    rows = np.repeat(np.arange(len(chunk.counts)), chunk.counts)
+    tally["coerced: users whose events were out of order, sorted by time"] += len(np.unique(rows[backwards]))
+    order = np.lexsort((chunk.timestamps, rows))  # stable
+    places = np.argsort(order)
+    chunk.odd_items = sorted((int(places[event]), name) for event, name in chunk.odd_items)
+    chunk.item_ids, chunk.action_types, chunk.timestamps = (a[order] for a in (chunk.item_ids, chunk.action_types, chunk.timestamps))
 
 
 def drop_rejected(chunk: SeqChunk, bad: dict[int, str]) -> SeqChunk:

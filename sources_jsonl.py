@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from columns import is_number
+from columns import ID_LIMIT, is_number, ragged_places
 from schema import EXPOSURE, IGNORED_FEATURES
-from sources import INT32_MAX, FeatureRows, Ragged, Rules, SeqChunk, check_sequences, drop_rejected
+from sources import INT32_MAX, FeatureRows, Ragged, Rules, SeqChunk, check_sequences, drop_rejected, sort_events
 
 BLOCK_BYTES = 512 << 10  # of lines, parsed at once: objects of a larger block leave the CPU's cache
 MAX_LINE_BYTES = 64 << 20
-ODD_ITEM = np.iinfo(np.uint64).max  # stands for a creative id that is no number
+ODD_ITEM = np.iinfo(np.uint64).max  # stands in an array for a creative id that is no number; a list beside it says where
 NUM_FIELDS = 6
 RECORD = "[user_id, item_id, user_feat, item_feat, action_type, timestamp]"
 EMPTY: tuple = ()
+MISSING_TIMES = "coerced: missing timestamps, read as that of the event ahead, or 0"
 
 
 class _IrregularError(Exception):
@@ -83,13 +84,7 @@ class FeatureReader:
         values = list(chain.from_iterable(lists))
         if set(map(type, values)) - {int}:
             values = [self._value(name, v, tally) for v in values]
-        array = self._array(name, values, tally)
-        if len(array) and not array.all():
-            counts = counts - np.bincount(np.repeat(np.arange(len(counts)), counts), weights=array == 0, minlength=len(counts)).astype(
-                np.int64
-            )
-            array = array[array != 0]
-        return Ragged(counts, array)
+        return Ragged(counts, self._array(name, values, tally)).without_zeros()
 
     def _array(self, name: str, values: list, tally: Counter) -> np.ndarray:
         try:
@@ -136,8 +131,7 @@ class KnownItems:
             offsets, values = self.multi[name]
             begin, counts = offsets[ids], offsets[ids + 1] - offsets[ids]
             same = counts == found.counts
-            places = np.repeat(begin - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-            unequal = values[places][np.repeat(same, counts)] != found.values[np.repeat(same, found.counts)]
+            unequal = values[ragged_places(begin, counts)][np.repeat(same, counts)] != found.values[np.repeat(same, found.counts)]
             rows_of = np.repeat(np.flatnonzero(same), counts[same])
             different |= ~same
             different[rows_of[unequal]] = True
@@ -160,7 +154,7 @@ class LineParser:
                 users.append(orjson.loads(line))
                 numbers.append(number)
             except orjson.JSONDecodeError as error:
-                rejects.append((number, _not_json(line, error)))
+                rejects.append((number, why_not_json(line, error, what="user", end=b"]")))
         try:
             chunk = self._columns(users, tally)
         except (_IrregularError, _BadLineError, TypeError, ValueError, OverflowError, AttributeError):
@@ -173,6 +167,7 @@ class LineParser:
         chunk = drop_rejected(
             chunk, check_sequences(self.rules, checked, chunk.counts, chunk.item_ids, chunk.action_types, chunk.timestamps)
         )
+        sort_events(self.rules, chunk, chunk.tally)
         chunk.action_types = chunk.action_types.astype(np.int8)
         chunk.rejects.sort()
         return chunk
@@ -207,7 +202,7 @@ class LineParser:
         if user_feat.count(None) != num_events or set(map(type, dicts)) != {dict}:
             raise _IrregularError
         chunk.users = FeatureRows(chunk.user_ids, *self.users.columns(dicts, tally))
-        chunk.items = self._item_rows(item_ids, list(compress(item_feat, mask)), tally)
+        chunk.items = self._item_rows(item_ids, odd, list(compress(item_feat, mask)), tally)
         return chunk
 
     def _empty(self) -> SeqChunk:
@@ -232,14 +227,16 @@ class LineParser:
         if set(map(type, values)) - {int}:
             for k, value in enumerate(values):
                 if type(value) is str:
-                    values[k] = int(value) if is_number(value) else ODD_ITEM
-                    if values[k] == ODD_ITEM:
+                    if is_number(value):
+                        values[k] = int(value)
+                    else:
+                        values[k] = ODD_ITEM
                         odd.append((k, value))
                 elif type(value) is not int:
                     raise _IrregularError
         return np.fromiter(values, np.uint64, len(values)), odd
 
-    def _item_rows(self, item_ids: np.ndarray, dicts: list, tally: Counter) -> FeatureRows:
+    def _item_rows(self, item_ids: np.ndarray, odd: list, dicts: list, tally: Counter) -> FeatureRows:
         """Features of the items that are not covered yet, the first of each; differences to what is known are counted."""
         if set(map(type, dicts)) - {dict}:
             raise _IrregularError
@@ -251,8 +248,10 @@ class LineParser:
             tally["differences: events whose item features differ from item_feat_dict.json"] += int(
                 self.known.differs(rows.select(covered)).sum()
             )
-        limit = ODD_ITEM - 1 if self.rules.kind == "predict" else self.rules.item_limit
-        fresh = ~covered & (item_ids >= 1) & (item_ids <= limit)
+        fresh = ~covered & (item_ids >= 1)
+        if self.rules.kind == "train":
+            fresh &= item_ids <= self.rules.item_limit
+        fresh[[place for place, _ in odd]] = False
         rows = rows.select(fresh)
         first = np.zeros(len(rows.ids), dtype=bool)
         first[np.unique(rows.ids, return_index=True)[1]] = True
@@ -290,7 +289,7 @@ class LineParser:
             if record[1] is None:
                 profiles.append(self._profile(record, user, tally))
             else:
-                events.append(self._event(record, user, number, len(events), tally))
+                events.append(self._event(record, user, number, events, tally))
         if len(profiles) != 1:
             if not self.rules.lenient:
                 raise _BadLineError(f"{len(profiles)} profile records (item_id null); expected exactly one")
@@ -322,10 +321,10 @@ class LineParser:
             tally["ignored: item_feat or action_type of a profile record"] += 1
         return [user, None, features, None, None, moment]
 
-    def _event(self, record: list, user: object, number: int, position: int, tally: Counter) -> list:
+    def _event(self, record: list, user: object, number: int, ahead: list[list], tally: Counter) -> list:
         _, item, user_features, features, action, moment = record
         predict = self.rules.kind == "predict"
-        highest = 2**64 - 2 if predict else 2**63 - 1
+        highest = ID_LIMIT - 1 if predict else 2**63 - 1
         if not (type(item) is int and 0 <= item <= highest) and not (predict and type(item) is str and item):
             expected = "a number or a string" if predict else f"a number in 1..{self.rules.item_limit}"
             raise _BadLineError(f"record {number}: item id {str(item)[:40]} is out of range or of the wrong type; expected {expected}")
@@ -335,7 +334,10 @@ class LineParser:
         if type(action) is not int or not -(2**63) <= action < 2**63:
             raise _BadLineError(f"record {number}: action type is {str(action)[:40]}; expected 0, 1 or 2")
         if moment is None and not self.rules.schema.has_time:
-            moment = position
+            moment = len(ahead)
+        elif moment is None and predict:
+            moment = ahead[-1][5] if ahead else 0
+            tally[MISSING_TIMES] += 1
         if type(moment) is not int or not -(2**63) <= moment < 2**63:
             raise _BadLineError(
                 f"record {number}: timestamp is {'missing' if moment is None else str(moment)[:40]}; expected seconds since 1970"
@@ -357,13 +359,15 @@ def _ints(values: list, count: int) -> np.ndarray:
     return np.fromiter(values, np.int64, count)
 
 
-def _not_json(line: bytes, error: Exception) -> str:
+def why_not_json(line: bytes, error: Exception, *, what: str = "JSON object", end: bytes = b"}") -> str:
+    """Why a line that should hold one `what`, which ends in `end`, is not JSON, in words."""
     if not line.strip():
-        return "an empty line; expected one user a line"
+        return f"an empty line; expected one {what} a line"
     if line.startswith(b"\xef\xbb\xbf"):
         return "the line starts with a byte order mark; save the file as UTF-8 without one"
-    end = "the line is cut off or " if not line.rstrip().endswith(b"]") else ""
-    return f"{end}not JSON: {error}"
+    if b"NaN" in line or b"Infinity" in line:
+        return "NaN or Infinity is no JSON; expected finite numbers"
+    return f"{'' if line.rstrip().endswith(end) else 'the line is cut off or '}not JSON: {error}"
 
 
 def read_range(path: Path, start: int, end: int) -> Iterator[tuple[int, list[bytes]]]:

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from columns import is_number
 from errors import UserError
 from schema import EXPOSURE, IGNORED_FEATURES
-from sources import INT32_MAX, FeatureRows, Progress, Ragged, Rules, SeqChunk, check_sequences, drop_rejected
-from sources_jsonl import ODD_ITEM
+from sources import INT32_MAX, FeatureRows, Progress, Ragged, Rules, SeqChunk, check_sequences, drop_rejected, sort_events
+from sources_jsonl import MISSING_TIMES, ODD_ITEM
 
 USERS_A_BATCH = 8192  # of about 100 events: some 20 MB decoded
 ROWS_A_BATCH = 65536
@@ -26,7 +26,7 @@ ROWS_A_BATCH = 65536
 
 def num_rows(files: list[Path]) -> int:
     """Rows of parquet files, from their footers."""
-    return sum(_open(path).metadata.num_rows for path in files)
+    return sum(open_parquet(path).metadata.num_rows for path in files)
 
 
 def largest(path: Path, column: str) -> int:
@@ -34,7 +34,7 @@ def largest(path: Path, column: str) -> int:
     return max(
         (
             int(integers(b.column(column), f"{path}: column '{column}'", Counter())[0].max(initial=0))
-            for _, b in _batches(path, (column,), ROWS_A_BATCH)
+            for _, b in batches(path, (column,), ROWS_A_BATCH)
         ),
         default=0,
     )
@@ -42,7 +42,7 @@ def largest(path: Path, column: str) -> int:
 
 def read_sequences(path: Path, rules: Rules, progress: Progress) -> Iterator[SeqChunk]:
     """The users of one file of seq/, in file order; `lines` are row numbers from 1, `users` and `items` stay None."""
-    for _, batch in _batches(path, ("user_id", "seq"), USERS_A_BATCH):
+    for _, batch in batches(path, ("user_id", "seq"), USERS_A_BATCH):
         tally: Counter = Counter()
         chunk = _sequence_chunk(path, batch, rules, tally)
         chunk.num_lines, chunk.tally = batch.num_rows, tally
@@ -52,7 +52,7 @@ def read_sequences(path: Path, rules: Rules, progress: Progress) -> Iterator[Seq
 
 def _sequence_chunk(path: Path, batch: pa.RecordBatch, rules: Rules, tally: Counter) -> SeqChunk:
     seq = batch.column("seq")
-    if not (_is_list(seq.type) and pa.types.is_struct(seq.type.value_type)):
+    if not (is_list(seq.type) and pa.types.is_struct(seq.type.value_type)):
         raise UserError(f"{path}: column 'seq' is of type {seq.type}; expected list<struct<item_id, action_type, timestamp>>.")
     fields = {seq.type.value_type.field(k).name for k in range(seq.type.value_type.num_fields)}
     needed = {"item_id", "action_type"} | ({"timestamp"} if rules.schema.has_time else set())
@@ -60,7 +60,7 @@ def _sequence_chunk(path: Path, batch: pa.RecordBatch, rules: Rules, tally: Coun
         raise UserError(
             f"{path}: the records of column 'seq' lack {', '.join(sorted(needed - fields))}; found {', '.join(sorted(fields))}."
         )
-    counts = pc.fill_null(pc.list_value_length(seq), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    counts = list_lengths(seq)
     events = seq.flatten()
     user_ids, no_user = integers(batch.column("user_id"), f"{path}: column 'user_id'", tally)
     bad = dict.fromkeys(np.flatnonzero(no_user).tolist(), "user_id is null")
@@ -83,16 +83,22 @@ def _sequence_chunk(path: Path, batch: pa.RecordBatch, rules: Rules, tally: Coun
         tally["coerced: missing action types, read as exposures"] += int(null.sum())
     else:
         missing(null, "action_type")
-    positions = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    positions = np.arange(len(rows)) - starts
     times, null, _ = read("timestamp") if "timestamp" in fields else (positions, np.zeros(len(rows), dtype=bool), [])
-    if rules.schema.has_time:
-        missing(null, "timestamp")
-    else:
+    if not rules.schema.has_time:
         times = np.where(null, positions, times)
+    elif rules.lenient:
+        ahead = np.maximum.accumulate(np.where(null, -1, np.arange(len(rows))))
+        times = np.where(ahead >= starts, times[ahead], 0)
+        tally[MISSING_TIMES] += int(null.sum())
+    else:
+        missing(null, "timestamp")
     chunk = SeqChunk(np.arange(1, len(counts) + 1), 0, user_ids, counts, items, actions, times, odd_items=odd_items)
     for row, reason in check_sequences(rules, user_ids if rules.kind == "train" else None, counts, items, actions, times).items():
         bad.setdefault(row, reason)
     chunk = drop_rejected(chunk, bad)
+    sort_events(rules, chunk, tally)
     chunk.action_types = chunk.action_types.astype(np.int8)
     return chunk
 
@@ -108,12 +114,12 @@ def read_features(
     for path in files:
         key = f"{side}_id"
         wanted = [f.id for kind in ("single", "multi") for f in rules.schema.select(side, kind)]
-        found = _open(path).schema_arrow.names
+        found = open_parquet(path).schema_arrow.names
         for name in sorted(set(wanted) - set(found)):
             tally[f"missing: {side} feature {name} has no column in {path.parent.name}/{path.name}"] += 1
         for name in sorted(set(found) - set(wanted) - {key} - IGNORED_FEATURES):
             tally[f"ignored: {side} feature {name[:40]!r} is not in the schema"] += 1
-        for first, batch in _batches(path, (key, *(n for n in wanted if n in found)), ROWS_A_BATCH, needed=(key,)):
+        for first, batch in batches(path, (key, *(n for n in wanted if n in found)), ROWS_A_BATCH, needed=(key,)):
             rows, rejects = _feature_rows(path, batch, side, rules, tally)
             progress.update(batch.num_rows)
             yield path, first, rows, rejects
@@ -145,9 +151,7 @@ def _feature_rows(path: Path, batch: pa.RecordBatch, side: str, rules: Rules, ta
         if feature.id in batch.schema.names:
             counts, values = _lists(batch.column(feature.id), f"{path}: column '{feature.id}'", tally)
         rows = np.repeat(np.arange(len(counts)), counts)
-        values = checked(values, feature.id, rows)
-        counts = np.bincount(rows[values != 0], minlength=batch.num_rows).astype(np.int64)
-        multi[feature.id] = Ragged(counts, values[values != 0])
+        multi[feature.id] = Ragged(counts, checked(values, feature.id, rows)).without_zeros()
     column, where = batch.column(f"{side}_id"), f"{path}: column '{side}_id'"
     if side == "item" and rules.kind == "predict":
         ids, null, odd = creative_ids(column, where, tally)
@@ -209,9 +213,8 @@ def creative_ids(column: pa.Array, where: str, tally: Counter) -> tuple[np.ndarr
 
 def _lists(column: pa.Array, where: str, tally: Counter) -> tuple[np.ndarray, np.ndarray]:
     """A column of lists as counts (N) int64 and values int64 (0 where null); a plain column is lists of one."""
-    if _is_list(column.type):
-        counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        return counts, integers(column.flatten(), where, tally)[0]
+    if is_list(column.type):
+        return list_lengths(column), integers(column.flatten(), where, tally)[0]
     if pa.types.is_null(column.type):
         return np.zeros(len(column), dtype=np.int64), np.zeros(0, dtype=np.int64)
     values, null = integers(column, where, tally)
@@ -219,29 +222,39 @@ def _lists(column: pa.Array, where: str, tally: Counter) -> tuple[np.ndarray, np
     return (~null).astype(np.int64), values[~null]
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a parquet type is a list of any of the three sorts."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    # memory_map keeps compressed column chunks out of anonymous memory; pre_buffer would copy whole row groups into it.
+def list_lengths(column: pa.Array) -> np.ndarray:
+    """The lengths (N) int64 of a column of lists, 0 where null."""
+    return pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def open_parquet(path: Path, needed: tuple[str, ...] = ()) -> pq.ParquetFile:
+    """A parquet file that has the columns `needed`; UserError where it is damaged or lacks one.
+
+    Read through a buffer of 1 MiB a column: otherwise a whole row group of wide vectors would be loaded at once.
+    """
     try:
-        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: not readable as parquet: {str(error).splitlines()[0][:160]}.\nCopy the file anew; it may be cut off."
         ) from None
-
-
-def _batches(
-    path: Path, columns: tuple[str, ...], size: int, needed: tuple[str, ...] | None = None
-) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Record batches with the number of rows ahead of each. UserError where a needed column is missing or the data is broken."""
-    file = _open(path)
     found = file.schema_arrow.names
-    for name in needed or columns:
-        if name not in found:
-            raise UserError(f"{path}: no column '{name}'; found {', '.join(map(repr, found[:20]))}.")
+    if missing := [name for name in needed if name not in found]:
+        raise UserError(f"{path}: column {', '.join(map(repr, missing))} is missing; it has {', '.join(found[:20])}.")
+    return file
+
+
+def batches(path: Path, columns: tuple[str, ...], size: int, needed: tuple[str, ...] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Record batches of at most `size` rows with the number of rows ahead of each.
+
+    UserError where one of the columns `needed` (None: all) is missing or the data is broken.
+    """
+    file = open_parquet(path, columns if needed is None else needed)
     first = 0
     try:
         for batch in file.iter_batches(size, columns=list(columns), use_threads=True):

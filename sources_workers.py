@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
+from columns import ID_LIMIT
 from errors import RunError, UserError
 from sources import FeatureRows, Progress, Ragged, Rules, SeqChunk
 from sources_jsonl import FeatureReader, KnownItems, LineParser, read_range
@@ -184,7 +185,7 @@ class _Reader:
     def _item_columns(self, entries: dict) -> SeqChunk:
         tally: Counter = Counter()
         rejects, ids, dicts = [], [], []
-        highest = 2**64 - 2 if self.rules.kind == "predict" else self.rules.item_limit
+        highest = ID_LIMIT - 1 if self.rules.kind == "predict" else self.rules.item_limit
         for number, (key, features) in enumerate(entries.items(), 1):
             if not (key.isascii() and key.isdigit() and len(key) <= 20 and 1 <= int(key) <= highest):
                 rejects.append((number, f"item id {key[:40]} is outside 1..{highest} (the items of indexer.pkl)"))

@@ -21,7 +21,7 @@ import numpy as np
 
 from columns import EmbeddingColumn, ItemLookup, RaggedColumn, StringColumn
 from errors import UserError, disk_full
-from multimodal import compile_embedding, find_embedding
+from multimodal import compile_embedding, find_embedding, required_embedding
 from schema import Feature, Schema
 from sources import Rejects, Source, find_source
 from store_build import StoreBuilder
@@ -109,7 +109,10 @@ def open_store(data_path: str | Path, cache_path: str | Path, *, kind: str = "tr
     """
     assert kind in KINDS, kind
     source = find_source(Path(data_path), kind)
-    features = [_embedding_feature(source, str(i)) for i in embeddings]
+    features = [
+        required_embedding(source.schema, str(i), lambda k: has_embedding(source.data_path, source.schema[k]), str(source.data_path))
+        for i in embeddings
+    ]
     cache = _writable(Path(cache_path))
     fingerprint = digest(
         [STORE_VERSION, kind, source.layout, source.schema.to_dict(), file_facts(source.files, source.data_path), max_bad_lines]
@@ -147,18 +150,6 @@ def content_hash(store: Store) -> str:
                 while piece := file.read(1 << 22):
                     total.update(piece)
     return total.hexdigest()
-
-
-def _embedding_feature(source: Source, feature_id: str) -> Feature:
-    known = [f.id for f in source.schema.embeddings]
-    if feature_id not in known:
-        raise UserError(f"multimodal_features: no embedding {feature_id!r} in the schema; known: {', '.join(known) or 'none'}.")
-    feature = source.schema[feature_id]
-    if find_embedding(source.data_path, feature) is None:
-        raise UserError(f"multimodal_features: {source.data_path} has no vectors of embedding {feature_id} "
-                        f"(creative_emb/ or mm_emb/emb_{feature_id}_{feature.width}...).\n"
-                        f"Leave {feature_id} away, or use auto, which takes what is there.")  # fmt: skip
-    return feature
 
 
 def _writable(cache: Path) -> Path:
@@ -221,7 +212,7 @@ def _build(source: Source, path: Path, fingerprint: str, max_bad_lines: int, *, 
     """Compile into a temporary folder, have the disk hold it, and give it its name. Returns the manifest."""
     size = sum(p.stat().st_size for p in source.files)
     log(f"compiling {source.data_path} (layout {source.layout}, {size / 1e6:,.1f} MB) into {path}")
-    rejects = Rejects(max_bad_lines, path.with_suffix(".rejects.jsonl"))
+    rejects = Rejects(max_bad_lines, path.with_suffix(".rejects.jsonl"), kind=source.kind)
     rejects.path.unlink(missing_ok=True)
     folder = path.with_name(f"{path.name}.tmp-{os.getpid()}-{time.time_ns()}")
     scratch = folder.with_name(folder.name + "-scratch")
@@ -295,7 +286,7 @@ def _add_embedding(store: Store, feature: Feature, max_bad_lines: int, *, progre
         for stale in store.path.glob(f"emb_{feature.id}.tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
         temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-        rejects = Rejects(max_bad_lines, store.path.with_suffix(f".emb_{feature.id}.rejects.jsonl"))
+        rejects = Rejects(max_bad_lines, store.path.with_suffix(f".emb_{feature.id}.rejects.jsonl"), kind=store.kind)
         rejects.path.unlink(missing_ok=True)
         try:
             temporary.mkdir()

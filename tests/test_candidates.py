@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from candidates import normalise_column, normalise_id, read_candidates
+from columns import is_number
 from errors import UserError
 from schema import TENCENT_GR, Feature, Schema
 from sources import Rejects
@@ -302,6 +303,7 @@ def test_lines_changed_at_random_are_all_accounted_for(tmp_path):
 def test_normalise_id(value, expected):
     found = normalise_id(value)
     assert found == expected and type(found) is type(expected)
+    assert type(value) is not str or is_number(value) is (type(found) is int)
 
 
 @pytest.mark.parametrize("value", (-1, 2**64, 1.5, float("nan"), float("inf"), 1e19, -1.0, 2.0**54, True, np.bool_(True), None, "",

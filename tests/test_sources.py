@@ -59,6 +59,9 @@ def test_rejects_stop_past_the_limit_and_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="f:1: x"):
         Rejects(0, tmp_path / "none.jsonl").add("f", 1, "x")
     assert not (tmp_path / "none.jsonl").exists()
+    with pytest.raises(UserError, match=r"f:1: x\.\nMend it, or take it out of the file; as many as the checkpoint was .*\(0\)") as stop:
+        Rejects(0, tmp_path / "none.jsonl", kind="predict").add("f", 1, "x")
+    assert "max_bad_lines" not in str(stop.value)
 
 
 def test_a_plain_line_becomes_columns() -> None:
@@ -175,6 +178,35 @@ def test_predict_takes_raw_users_unknown_items_and_odd_values() -> None:
     assert chunk.users.single[1].tolist() == [0, 0, 0, 0]
     assert chunk.tally["coerced: users with no profile record, or more than one"] == 2
     assert parse([profile(5), event(-1, user=5)], rules=PREDICT).rejects[0][1].startswith("record 2: item id -1")
+
+
+SORTED = "coerced: users whose events were out of order, sorted by time"
+# Users to predict as (item, time); what is expected of them: items, times.
+UNORDERED = [[(1, 5), (2, 5), (3, 6)], [(4, 9), (5, 7), (6, 9), (7, 7)], [(8, None), (9, 3), (10, None), (11, 4)],
+             [(12, 8), (13, None), (14, 2)], [], [(15, None)]]  # fmt: skip
+MENDED = [1, 2, 3, 5, 7, 4, 6, 8, 9, 10, 11, 14, 12, 13, 15], [5, 5, 6, 7, 7, 9, 9, 0, 3, 3, 4, 2, 8, 8, 0]
+
+
+def test_users_to_predict_are_answered_whatever_their_times(tmp_path: Path) -> None:
+    lines = [[profile(k), *(event(i, t, action=i % 2, user=k) for i, t in events)] for k, events in enumerate(UNORDERED, 1)]
+    column = seq(*([(i, i % 2, t) for i, t in events] for events in UNORDERED))
+    path = sequences(tmp_path, user_id=list(range(1, 7)), seq=column)
+    (chunk,) = sources_parquet.read_sequences(path, PREDICT, SILENT)
+    for found in (parse(*lines, rules=PREDICT), chunk):
+        assert (found.item_ids.tolist(), found.timestamps.tolist()) == MENDED and not found.rejects
+        assert found.counts.tolist() == [3, 4, 4, 3, 0, 1] and found.action_types.tolist() == [i % 2 for i in MENDED[0]]
+        assert found.tally[SORTED] == 2 and found.tally[sources_jsonl.MISSING_TIMES] == 4
+    (chunk,) = sources_parquet.read_sequences(path, RULES, SILENT)
+    assert [row for row, _ in parse(*lines).rejects] == [row for row, _ in chunk.rejects] == [2, 3, 4, 5, 6]
+    timeless = Rules("predict", Schema(TENCENT_GR.features, has_time=False), 50, 100)
+    assert parse(*lines[:2], rules=timeless).timestamps.tolist() == [5, 5, 6, 9, 7, 9, 7]
+
+
+def test_names_of_items_move_with_their_events() -> None:
+    largest = str(2**64 - 1)  # a number, though an array holds the same for a name
+    chunk = parse([profile(5), event("b", 9, user=5), event(largest, 8, user=5), event(3, 7, user=5), event("a", 9, user=5)], rules=PREDICT)
+    assert chunk.odd_items == [(2, "b"), (3, "a")] and chunk.item_ids.tolist() == [3] + [2**64 - 1] * 3
+    assert sorted(chunk.items.ids.tolist()) == [3, 2**64 - 1]
 
 
 def test_differences_to_the_item_dictionary_are_counted_with_lists_too() -> None:
@@ -365,8 +397,8 @@ def test_bad_parquet_rows_are_rejected(tmp_path: Path, column: pa.Array, reason:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"user_id": None}, "no column 'user_id'; found 'seq'"),
-        ({"seq": None, "sequence": [1, 2]}, "no column 'seq'"),
+        ({"user_id": None}, "column 'user_id' is missing; it has seq"),
+        ({"seq": None, "sequence": [1, 2]}, "column 'seq' is missing"),
         ({"seq": [1, 2]}, "column 'seq' is of type int64; expected list<struct"),
         ({"user_id": ["a", "b"]}, "column 'user_id' is of type string; expected whole numbers"),
         ({"user_id": [1.5, 2.0]}, "'user_id' is of type double"),
