@@ -214,7 +214,8 @@ def choose_device(config: Config) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(
-            f"--device {name}: this machine has no such CUDA device (torch {torch.__version__}).\nUse --device auto, which takes cuda where there is one."
+            f"--device {name}: this machine has no such CUDA device (torch {torch.__version__}).\n"
+            "Use --device auto, which takes cuda where there is one."
         )
     return device
 
@@ -245,19 +246,11 @@ def banner(logger: RunLogger, arguments: ParsedArguments, config: Config, run: R
     rows = [
         ("device", f"{device} ({from_where}), {torch.get_num_threads()} threads, {config.training.precision}, torch {torch.__version__}")
     ]
-    rows += [
-        (
-            key,
-            f"{getattr(config.paths, key) or chosen}  ({demo.get(key) or (arguments.origins[key] if getattr(config.paths, key) else 'chosen')})",
-        )
-        for key, chosen in (
-            ("data_path", ""),
-            ("cache_path", ""),
-            ("log_path", run.log_dir),
-            ("tensorboard_path", run.tensorboard_dir),
-            ("checkpoint_path", run.checkpoint_dir),
-        )
-    ]
+    chosen = {"log_path": run.log_dir, "tensorboard_path": run.tensorboard_dir, "checkpoint_path": run.checkpoint_dir}
+    for key in ("data_path", "cache_path", *chosen):
+        given = getattr(config.paths, key)
+        origin = demo.get(key) or (arguments.origins[key] if given else "chosen")
+        rows.append((key, f"{given or chosen[key]}  ({origin})"))
     rows.append(("settings", str(arguments.config_file or "defaults")))
     logger.banner("generative recommender", rows)
     for warning in warnings_for(config):
@@ -277,7 +270,10 @@ def data_summary(logger: RunLogger, store: Store, splits, embeddings: tuple[str,
             ("embeddings", ", ".join(embeddings) or "none"),
             (
                 "samples",
-                f"{splits.train.num_samples:,} for training, {splits.valid.num_samples:,} for validation, {splits.test.num_samples:,} for test",
+                ", ".join(
+                    f"{split.num_samples:,} for {name}"
+                    for name, split in (("training", splits.train), ("validation", splits.valid), ("test", splits.test))
+                ),
             ),
             *(("note", note) for note in splits.notes),
         ],

@@ -61,7 +61,8 @@ def demonstrate(folder: Path) -> None:
     trainer.order.start_epoch(0)
     batch, _ = trainer._build(0)
     print(
-        f"    {len(batch.users)} users, {len(batch.item_index):,} tokens, {len(batch.unique_ids):,} unique items, {len(batch.candidate_index):,} shared candidates"
+        f"    {len(batch.users)} users, {len(batch.item_index):,} tokens, {len(batch.unique_ids):,} unique items, "
+        f"{len(batch.candidate_index):,} shared candidates"
     )
 
     headline(5, "training (Trainer.fit)")

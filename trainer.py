@@ -100,7 +100,8 @@ def candidate_ids(config: Config, store) -> tuple[np.ndarray, int]:
     ids = store.item_ids_of(table.creative_ids)
     if not (ids > 0).any():
         raise UserError(
-            f"eval.candidates {config.eval.candidates}: none of its {len(ids):,} creative ids is in the data's indexer.\nIs it another data set's?"
+            f"eval.candidates {config.eval.candidates}: none of its {len(ids):,} creative ids is in the data's indexer.\n"
+            "Is it another data set's?"
         )
     return np.unique(ids[ids > 0]), int((ids == 0).sum())
 
@@ -132,7 +133,7 @@ class Trainer:
         self.candidates, self.num_cold_candidates = candidate_ids(config, store)
         if self.num_cold_candidates:
             logger.say(
-                f"candidates: {len(self.candidates):,} are ranked; {self.num_cold_candidates:,} are not in the training data and are left out"
+                f"candidates: {len(self.candidates):,} are ranked; {self.num_cold_candidates:,} are unknown in training and left out"
             )
         self.total_steps = training.max_steps or self.order.num_batches * training.num_epochs
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and updates done
@@ -439,7 +440,7 @@ class Trainer:
         changed = [key for key in changed if _leaf(saved, key) != _leaf(present, key)]
         if refused := [key for key in (*ORDER_SETTINGS, *OPTIMIZER_SETTINGS) if key in changed]:
             raise UserError(
-                f"--resume: {', '.join(refused)} differ from the checkpoint's ({path}); they decide which users come next or what is kept of them.\n"
+                f"--resume: {', '.join(refused)} differ from the checkpoint's ({path}): it would not be the same run.\n"
                 "Give the run's own settings, or start anew from its weights with --state_dict_path."
             )
         if changed:

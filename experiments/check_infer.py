@@ -23,7 +23,7 @@ from synthetic import planted_ceiling  # noqa: E402
 
 
 def item_to_item(train, predict, k: int) -> list[list[int]]:
-    """Creative ids of what followed each user's last item most often in training, filled up by popularity; candidates only, seen removed."""
+    """Creative ids of what followed each user's last item most often in training, then the popular; candidates only, seen removed."""
     popularity = training_item_counts(train, predict_split(train))
     candidates = np.unique(predict.candidate_item_ids)
     known = candidates[candidates <= train.num_items]

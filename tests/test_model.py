@@ -30,10 +30,19 @@ def run(store, model, columns, samples, training=False, max_seq_length=10):
 
 
 VARIANTS = [
-    {}, {"norm_first": False}, {"position": "learned"}, {"position": "none"}, {"activation": "relu"}, {"activation": "swiglu"}, {"item_tower": "sum"},
-    {"similarity": "dot", "item_activation": "relu", "candidate_activation": True}, {"embedding_dim": 8}, {"user_id": True}, {"embedding_norm": False},
+    {},
+    {"norm_first": False},
+    {"position": "learned"},
+    {"position": "none"},
+    {"activation": "relu"},
+    {"activation": "swiglu"},
+    {"item_tower": "sum"},
+    {"similarity": "dot", "item_activation": "relu", "candidate_activation": True},
+    {"embedding_dim": 8},
+    {"user_id": True},
+    {"embedding_norm": False},
     {"time_features": False, "action_embedding": False},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)

@@ -223,3 +223,11 @@ def test_ci_script_is_bash_and_runs_the_documented_command():
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     text = path.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text and "pip install -q -r requirements.txt" in text and text.rstrip().endswith("python test.py")
+
+
+def test_lines_are_140_columns_at_most() -> None:
+    files = [path for folder in ("", "tests", "converters", "docs", "experiments") for path in (ROOT / folder).glob("*.py")]
+    wide = [
+        f"{path.name}:{n}" for path in files for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 140
+    ]
+    assert wide == []

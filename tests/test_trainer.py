@@ -19,9 +19,20 @@ from runs import RunPaths
 from trainer import Trainer
 
 SMALL = {
-    "hidden_units": 16, "num_heads": 2, "num_blocks": 1, "max_seq_length": 8, "batch_size": 8, "num_epochs": 2, "dropout_rate": 0.3, "num_negatives": 8,
-    "log_every_steps": 1, "protocol": "leave_one_out", "tensorboard": False, "eval_batch_size": 16, "keep_last_k": 0,
-}  # fmt: skip
+    "hidden_units": 16,
+    "num_heads": 2,
+    "num_blocks": 1,
+    "max_seq_length": 8,
+    "batch_size": 8,
+    "num_epochs": 2,
+    "dropout_rate": 0.3,
+    "num_negatives": 8,
+    "log_every_steps": 1,
+    "protocol": "leave_one_out",
+    "tensorboard": False,
+    "eval_batch_size": 16,
+    "keep_last_k": 0,
+}
 
 
 def make_trainer(folder, resume_from=None, store=None, embeddings=("81",), **settings):
@@ -42,10 +53,20 @@ def losses_of(folder):
     return {r["global_step"]: r["loss"] for r in read_train_log(folder / "train.log") if "loss" in r}
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"name": "bce", "num_negatives": 1}, {"name": "full_softmax"}, {"num_workers": 0, "length_buckets": False},
-    {"num_workers": 3, "table_optimizer": "adam", "optimizer": "adam", "lr_scheduler": "step"}, {"precision": "bf16"}, {"precision": "fp16"},
-    {"gradient_checkpointing": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"name": "bce", "num_negatives": 1},
+        {"name": "full_softmax"},
+        {"num_workers": 0, "length_buckets": False},
+        {"num_workers": 3, "table_optimizer": "adam", "optimizer": "adam", "lr_scheduler": "step"},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
 def test_resume_inside_an_epoch_is_exact(tmp_path, settings):
     whole = make_trainer(tmp_path / "whole", save_every_steps=3, **settings)
     whole.fit()
@@ -191,6 +212,36 @@ def test_a_checkpoint_of_another_model_or_order_is_refused(tmp_path):
         make_trainer(tmp_path / "c", resume_from=start, batch_size=4).fit()
     with pytest.raises(UserError, match="other numbers of items"):
         make_trainer(tmp_path / "d", resume_from=start, store=tiny_store(num_users=40, num_items=31)).fit()
+
+
+def test_resume_refuses_other_users_and_optimisers(tmp_path):
+    make_trainer(tmp_path / "a").fit()
+    start = checkpoints.newest_valid(tmp_path / "a")
+    with pytest.raises(UserError, match="40 users, the data now holds 41"):  # the split would be drawn anew
+        make_trainer(tmp_path / "b", resume_from=start, store=tiny_store(num_users=41, num_items=30, max_events=12)).fit()
+    for settings in ({"optimizer": "adam"}, {"table_optimizer": "rowwise_adagrad"}):
+        with pytest.raises(UserError, match=f"{next(iter(settings))} differ"):
+            make_trainer(tmp_path / "c", resume_from=start, **settings).fit()
+
+
+def test_a_signal_at_the_last_step_leaves_the_evaluation_to_the_resumed_run(tmp_path):
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit()
+    stopped = make_trainer(tmp_path / "stopped")
+    update = stopped._update
+
+    def update_and_signal(batch, features):
+        update(batch, features)
+        if stopped.step == stopped.total_steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped._update = update_and_signal
+    stopped.fit()
+    assert stopped.step == stopped.total_steps and stopped.evaluated_step != stopped.step
+    resumed = make_trainer(tmp_path / "resumed", resume_from=checkpoints.newest_valid(tmp_path / "stopped"))
+    resumed.fit()
+    assert (resumed.epoch, resumed.batch, resumed.evaluated_step) == (whole.epoch, whole.batch, whole.evaluated_step)
+    assert resumed._valid_metrics == whole._valid_metrics
 
 
 def test_l2_and_decay_act_on_touched_rows_only(tmp_path):

@@ -23,9 +23,15 @@ class Strings(list):
         return [self[int(i)] for i in index]
 
 
-SCHEMA = Schema((
-    Feature("colour", "item", "single"), Feature("tags", "item", "multi"), Feature("age", "user", "single"), Feature("likes", "user", "multi"),
-    Feature("81", "item", "embedding", width=4)))  # fmt: skip
+SCHEMA = Schema(
+    (
+        Feature("colour", "item", "single"),
+        Feature("tags", "item", "multi"),
+        Feature("age", "user", "single"),
+        Feature("likes", "user", "multi"),
+        Feature("81", "item", "embedding", width=4),
+    )
+)
 
 
 def tiny_store(num_users=12, num_items=20, min_events=3, max_events=9, seed=0, has_time=True, sequences=None):
@@ -45,13 +51,26 @@ def tiny_store(num_users=12, num_items=20, min_events=3, max_events=9, seed=0, h
     colour[0] = 0
     column = SimpleNamespace(row_of_item=rows.astype(np.int32), matrix=matrix)
     return SimpleNamespace(
-        schema=SCHEMA if has_time else Schema(SCHEMA.features, has_time=False), kind="train", num_users=num_users, num_items=num_items,
-        num_known_items=num_items, num_events=num_events, user_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        item_ids=np.array([i for s in sequences for i in s], dtype=np.int32), action_types=random.integers(0, 2, num_events).astype(np.int8),
-        timestamps=times.astype(np.int64), user_ids=np.arange(1, num_users + 1), item_single=colour,
+        schema=SCHEMA if has_time else Schema(SCHEMA.features, has_time=False),
+        kind="train",
+        num_users=num_users,
+        num_items=num_items,
+        num_known_items=num_items,
+        num_events=num_events,
+        user_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        item_ids=np.array([i for s in sequences for i in s], dtype=np.int32),
+        action_types=random.integers(0, 2, num_events).astype(np.int8),
+        timestamps=times.astype(np.int64),
+        user_ids=np.arange(1, num_users + 1),
+        item_single=colour,
         item_multi={"tags": Ragged([[]] + [sorted(set(random.integers(1, 6, random.integers(0, 4)).tolist())) for _ in range(num_items)])},
         user_single=random.integers(0, 5, (num_users, 1)).astype(np.int32),
         user_multi={"likes": Ragged([random.integers(1, 4, random.integers(0, 3)).tolist() for _ in range(num_users)])},
-        cardinalities={"colour": 3, "tags": 5, "age": 4, "likes": 3}, raw_item_ids=np.arange(num_items + 1, dtype=np.uint64) + 1000,
-        raw_user_ids=Strings(f"user_{u}" for u in range(1, num_users + 1)), embedding=lambda i: column, has_embedding=lambda i: i == "81",
-        manifest={"fingerprint": "tiny"}, summary={})  # fmt: skip
+        cardinalities={"colour": 3, "tags": 5, "age": 4, "likes": 3},
+        raw_item_ids=np.arange(num_items + 1, dtype=np.uint64) + 1000,
+        raw_user_ids=Strings(f"user_{u}" for u in range(1, num_users + 1)),
+        embedding=lambda i: column,
+        has_embedding=lambda i: i == "81",
+        manifest={"fingerprint": "tiny"},
+        summary={},
+    )
