@@ -183,19 +183,24 @@ def test_loss_scaler_grows():
     assert LossScaler(False).scale == 1.0
 
 
+def fit_until_signal(trainer, after):
+    """Train, and send this process SIGTERM in the middle of the `after`-th step."""
+    update = trainer._update
+
+    def update_and_signal(batch, features):
+        update(batch, features)
+        if trainer.step == after - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._update = update_and_signal
+    trainer.fit()
+
+
 def test_a_signal_saves_and_stops_and_the_rest_is_exact(tmp_path):
     whole = make_trainer(tmp_path / "whole")
     whole.fit()
     stopped = make_trainer(tmp_path / "stopped")
-    update = stopped._update
-
-    def update_and_signal(batch, features):
-        update(batch, features)
-        if stopped.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    stopped._update = update_and_signal
-    stopped.fit()
+    fit_until_signal(stopped, after=7)
     assert stopped.stop_signal == signal.SIGTERM and stopped.step == 7
     resumed = make_trainer(tmp_path / "resumed", resume_from=checkpoints.newest_valid(tmp_path / "stopped"))
     resumed.fit()
@@ -228,15 +233,7 @@ def test_a_signal_at_the_last_step_leaves_the_evaluation_to_the_resumed_run(tmp_
     whole = make_trainer(tmp_path / "whole")
     whole.fit()
     stopped = make_trainer(tmp_path / "stopped")
-    update = stopped._update
-
-    def update_and_signal(batch, features):
-        update(batch, features)
-        if stopped.step == stopped.total_steps - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    stopped._update = update_and_signal
-    stopped.fit()
+    fit_until_signal(stopped, after=stopped.total_steps)
     assert stopped.step == stopped.total_steps and stopped.evaluated_step != stopped.step
     resumed = make_trainer(tmp_path / "resumed", resume_from=checkpoints.newest_valid(tmp_path / "stopped"))
     resumed.fit()
