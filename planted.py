@@ -346,7 +346,8 @@ def choose_candidates(world: World, targets: np.ndarray) -> np.ndarray:
     keys[wanted] = -1
     keys[np.setdiff1d(targets[targets <= world.num_items], wanted)] = np.inf
     keys = keys[1:]
-    known = 1 + np.argpartition(keys, total - num_cold - 1)[: total - num_cold]
+    num_known = min(total - num_cold, world.num_items)  # more users to predict than items: all of them
+    known = 1 + np.argpartition(keys, num_known - 1)[:num_known]
     return random.permutation(np.concatenate([known, np.arange(world.num_items + 1, world.num_items + 1 + num_cold)]))
 
 

@@ -17,7 +17,7 @@ def ranker(store, model, columns, candidates=None, **more):
 
 
 def brute_force(store, model, columns, split, candidates, k, remove_seen):
-    vectors = model.encode_items(columns.items(candidates)).candidate.double()
+    vectors = model.encode_items(columns.items(candidates)).candidate.detach().double()
     rows = []
     for row in range(split.num_samples):
         one = Ranker(model, columns, candidates, device=torch.device("cpu"), batch_size=1, num_workers=0)

@@ -16,6 +16,7 @@ from plain_pickle import load_plain_pickle
 from planted import CHUNK, DAY, START, build_world, ceiling, sample_users, successor
 from planted_features import ITEM_SINGLE, embedding_pieces, item_features
 from schema import CLICK, CONVERSION, EXPOSURE, TENCENT_GR
+from store import open_store
 from synthetic import generate
 
 ARGUMENTS = {"users": 60, "items": 400, "predict": 40, "seed": 3, "max_length": 20, "embeddings": ("81", "82"), "mean_length": 15}
@@ -500,3 +501,9 @@ def test_the_store_compiles_both_layouts_to_equal_arrays(folders, tmp_path):
         one, other = (s.embedding("81") for s in opened)
         assert np.array_equal(one.matrix, other.matrix) and np.array_equal(one.row_of_item, other.row_of_item)
         assert opened[0].summary["rejected"] == 0 and not opened[0].summary["differences"]
+
+
+def test_more_users_to_predict_than_items(tmp_path):
+    generate(tmp_path / "data", users=60, items=300, layout="parquet", predict=400, seed=2)
+    store = open_store(tmp_path / "data-eval", tmp_path / "cache", kind="predict", progress=False, log=lambda text: None)
+    assert store.num_users == 400 and len(np.unique(store.candidate_item_ids)) == len(store.candidate_item_ids) > 300
