@@ -8,6 +8,7 @@ Legend: S samples (users to rank for), B users of a batch, C candidates, D width
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -128,6 +129,13 @@ class Ranker:
         flat = torch.cat(losses) if losses else torch.zeros(0)
         return Ranking(ids, scores, float(flat.double().mean()), candidates, queries)
 
+    @cached_property
+    def _loss_sample(self) -> Tensor:
+        """Places of the candidates that stand for all in the loss, drawn once: a permutation of millions has no place in a batch."""
+        size = len(self.candidate_ids)
+        chosen = generator(LOSS_KEY).permutation(size)[:LOSS_SAMPLE] if size > LOSS_SAMPLE else np.arange(size)
+        return torch.from_numpy(chosen).to(self.device)
+
     def _seen(self, split: Split) -> tuple[Tensor, Tensor]:
         """Places among the candidates of each sample's input events: (offsets (B + 1,), index)."""
         counts = split.end - split.begin
@@ -138,13 +146,12 @@ class Ranker:
 
     def _target_losses(self, query: Tensor, candidates: Tensor, split: Split) -> Tensor:
         """Cross-entropy of each target that is a candidate, among itself and a fixed uniform sample of the candidates."""
+        if (split.target < 0).all():  # inference: nothing to find
+            return query.new_zeros(0)
         place = np.where(split.target >= 0, self._place[self.store.item_ids[np.maximum(split.target, 0)]], -1)
         rows = torch.from_numpy(np.flatnonzero(place >= 0)).to(self.device)
         target = torch.from_numpy(place[place >= 0]).to(self.device)
-        sample = (
-            generator(LOSS_KEY).permutation(len(candidates))[:LOSS_SAMPLE] if len(candidates) > LOSS_SAMPLE else np.arange(len(candidates))
-        )
-        sample = torch.from_numpy(sample).to(self.device)
+        sample = self._loss_sample
         logits = query[rows] @ candidates[sample].T / self.temperature
         logits.masked_fill_(sample == target[:, None], -torch.inf)
         own = (query[rows] * candidates[target]).sum(1, keepdim=True) / self.temperature

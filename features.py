@@ -141,7 +141,7 @@ class FeatureColumns:
         order = {f.id: i for i, f in enumerate(store.schema.select("user", "single"))}
         self._user_columns = [order[f.name] for f in self._users if f.kind == "single" and f.name != USER_ID]
         self._local = threading.local()
-        self._all_items: tuple[int, SideInputs] | None = None
+        self._all_items: SideInputs | None = None
 
     def gather(self, item_ids: np.ndarray, users: np.ndarray) -> FeatureInputs:
         """Features of unique items (M,) and of users (B,), the latter as index into the store's users."""
@@ -151,14 +151,14 @@ class FeatureColumns:
         """Features of items (M,), ids of the store. A repeat of the whole catalogue (full softmax) is gathered once."""
         whole = len(item_ids) == self.store.num_items + 1
         if whole and self._all_items is not None:
-            return self._all_items[1]
+            return self._all_items
         columns = self.store.item_single[item_ids][:, self._item_columns]
         known = np.where(item_ids <= self.store.num_known_items, item_ids, 0)
         multi = [self.store.item_multi[f.name].gather(item_ids) for f in self._items if f.kind == "multi"]
         dense = tuple(self._dense(column, item_ids) for column in self.embeddings)
         inputs = self._inputs(self._items, np.concatenate([known[:, None], columns], axis=1), multi, dense)
         if whole:
-            self._all_items = (len(item_ids), inputs)
+            self._all_items = inputs
         return inputs
 
     def users(self, users: np.ndarray) -> SideInputs:
