@@ -23,7 +23,7 @@ from torch import Tensor
 
 from errors import UserError, disk_full
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL, TRAINER, META = "model.pt", "trainer.pt", "meta.json"
 TEMPORARY, REPLACED, SET_ASIDE = ".tmp-", ".old-", "damaged-"
 LINK_NAME = re.compile(r"(best_model|checkpoint_epoch_\d+)\.pt")  # other .pt files in the folder are the user's

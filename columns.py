@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import kernels
+
 ID_LIMIT = 2**64  # creative ids that are numbers lie below
 
 
@@ -46,6 +48,42 @@ class RaggedColumn(NamedTuple):
         out = np.empty(len(values), dtype=np.int32)
         out[ragged_places(offsets[rows], counts)] = values
         return cls(offsets, out)
+
+
+def sorted_places(keys: np.ndarray, size: int) -> np.ndarray:
+    """The stable ascending order of keys (Z) int32 in [0, size): (Z,) int64.
+
+    Numpy sorts 16-bit integers by radix: 345,000 keys take 1.3 ms a pass, an argsort of 32-bit integers 25 ms.
+    """
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    if size <= 1 << 16:
+        return order
+    return order[np.argsort((keys >> 16).astype(np.uint16)[order], kind="stable")]
+
+
+class Distinct(NamedTuple):
+    """The different keys of an array, and where each stands; key 0 (padding) is left out."""
+
+    keys: np.ndarray  # (R,) ascending, each once
+    starts: np.ndarray  # (R,) int64 start of each key's part of `places`
+    places: np.ndarray  # (Z',) int64 places of the array, key by key
+    rank: np.ndarray  # (Z,) int32: 1 + number of the key at each place; 0 where it is 0
+
+
+def distinct(keys: np.ndarray, size: int) -> Distinct:
+    """The different keys of (Z) int32 in [0, size). By sorting: the time does not depend on `size`, and no scratch memory is kept."""
+    if fast := kernels.compiled():
+        return Distinct(*fast.distinct(kernels.contiguous(keys, np.int32), size))
+    places = sorted_places(keys, size)
+    ordered = np.take(keys, places)
+    padding = int(np.searchsorted(ordered, 1))
+    places, ordered = places[padding:], ordered[padding:]
+    new = np.ones(len(ordered), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    starts = np.flatnonzero(new)
+    rank = np.zeros(len(keys), dtype=np.int32)
+    rank[places] = np.cumsum(new, dtype=np.int32)
+    return Distinct(ordered[starts], starts, places, rank)
 
 
 def offsets_of(counts: np.ndarray) -> np.ndarray:

@@ -68,6 +68,12 @@ class ModelConfig(_Group):
     max_seq_length: int = setting(100, "Newest events of a user that are read; the user token is extra.", unit="events", minimum=1,
                                   aliases=("maxlen",))  # fmt: skip
     embedding_dim: int = setting(0, "Width of the joint table of ids and features; 0 = hidden_units.", minimum=0)
+    feature_width: str = setting(
+        "same", "Width of each feature's vectors: embedding_dim for all, or auto: the power of two at or above 4 times the fourth root of"
+        " its number of rows, embedding_dim at most.", choices=("same", "auto"))  # fmt: skip
+    hash_rows: tuple[()] | tuple[int, ...] = setting((), "Rows of the hash tables that stand for each of hashed_features; several are"
+                                                     " summed, none = a row a value.", unit="rows", minimum=2)  # fmt: skip
+    hashed_features: tuple[str, ...] = setting(("item_id",), "What is hashed where hash_rows is given: item_id, user_id, ids of features.")
     dropout_rate: float = setting(0.2, "Dropout on embeddings, residual branches and feed-forward.", unit="probability", minimum=0, below=1)
     attention_dropout: float = setting(0.0, "Dropout on attention weights; above 0 it leaves the fast flash kernel on CPU.",
                                        unit="probability", minimum=0, below=1)  # fmt: skip
@@ -93,6 +99,8 @@ class ModelConfig(_Group):
             yield ("position", "hidden_units", "num_heads"), "expected an even hidden_units / num_heads, or another position than rope."
         if self.item_tower == "sum" and self.embedding_dim not in (0, self.hidden_units):
             yield ("item_tower", "embedding_dim", "hidden_units"), "expected embedding_dim 0 or hidden_units where vectors are summed."
+        if self.item_tower == "sum" and self.feature_width == "auto":
+            yield ("item_tower", "feature_width"), "expected feature_width same where vectors are summed."
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,8 @@ class TrainingConfig(_Group):
                                    aliases=("grad_clip",))  # fmt: skip
     precision: str = setting("fp32", "Arithmetic of the forward pass.", choices=("fp32", "bf16", "fp16"))
     gradient_checkpointing: bool = setting(False, "Compute blocks again in the backward pass: less memory, more time.")
+    compile: bool = setting(False, "Compile the sequence encoder with torch.compile: a minute or more at the start for less time a step;"
+                            " needs a C++ compiler on CPU.")  # fmt: skip
     patience: int = setting(0, "Stop after so many evaluations without improvement of best_metric; 0 = off.", unit="evaluations", minimum=0)
     max_steps: int = setting(0, "Exactly so many updates in all, over as many epochs as that takes; num_epochs and patience are then"
                              " ignored. 0 = off.", unit="steps", minimum=0)  # fmt: skip
@@ -282,11 +292,17 @@ def _wholes(value: object) -> tuple[int, ...]:
     return tuple(map(_whole, value))
 
 
+def _wholes_or_none(value: object) -> tuple[int, ...]:
+    return () if value in ("none", [], ()) else _wholes(value)
+
+
 def _feature_ids(value: object) -> str | tuple[str, ...]:
-    if isinstance(value, str):
-        if value not in ("auto", "none"):
-            raise TypeError
-        return () if value == "none" else value
+    return "auto" if isinstance(value, str) and value == "auto" else _names_or_none(value)
+
+
+def _names_or_none(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) and value == "none":
+        return ()
     if not isinstance(value, (list, tuple)):
         raise TypeError
     ids = tuple(v if isinstance(v, str) else str(_whole(v)) for v in value)
@@ -314,6 +330,8 @@ KINDS: dict[str, Kind] = {
     "float": Kind(_number, "a number", "NUMBER"),
     "str": Kind(_text, "text (in quotes where YAML takes it for something else)", "TEXT"),
     "tuple[int, ...]": Kind(_wholes, "a list of different whole numbers", "INT ..."),
+    "tuple[()] | tuple[int, ...]": Kind(_wholes_or_none, "none or a list of different whole numbers", "INT ..."),
+    "tuple[str, ...]": Kind(_names_or_none, "none or a list of different names, as [item_id, 121]", "NAME ..."),
     "str | tuple[str, ...]": Kind(_feature_ids, "auto, none or a list of different feature ids, as [81, 82]", "ID ..."),
     "Path | None": Kind(_path, "a path", "PATH"),
 }
@@ -514,6 +532,8 @@ def warnings_for(config: Config) -> list[str]:
         (loss.name == "sampled_softmax" and not loss.in_batch_negatives, ("max_in_batch",), "with loss.in_batch_negatives false"),
         (loss.name == "bce", ("temperature",), by_name),
         (model.item_activation == "none", ("candidate_activation",), "with model.item_activation none"),
+        (not model.hash_rows, ("hashed_features",), "with model.hash_rows []"),
+        (not model.hashed_features, ("hash_rows",), "with model.hashed_features []"),
         (t.optimizer == "adam" and t.weight_decay > 0, ("weight_decay",), "with training.optimizer adam"),
         (t.lr_scheduler != "cosine", ("min_lr_ratio",), f"with training.lr_scheduler {t.lr_scheduler}"),
         (t.lr_scheduler != "step", ("lr_step_epochs", "lr_gamma"), f"with training.lr_scheduler {t.lr_scheduler}"),

@@ -9,7 +9,6 @@ C shared candidates. A user's tokens are: the user token, then the events of the
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from columns import ragged_places
+import kernels
+from columns import distinct, ragged_places
 from errors import UserError
 from schema import CLICK
 
 SPLIT_KEY, ORDER_KEY, SHARED_NEGATIVES_KEY = 1, 2, 3  # first word of a generator's key: one stream for each purpose
+MAX_DRAWS = 32  # of a negative, before one in the user's history stays
 
 
 class Split(NamedTuple):
@@ -173,29 +174,8 @@ def counter_hash(*words: np.ndarray | int) -> np.ndarray:
     return state
 
 
-class Deduplicator:
-    """Unique values of ids below `size` in ascending order, with the inverse, in time linear in ids (and a scan of `size` bytes).
-
-    A sort of a batch's 350,000 feature rows takes 25 ms, this 4 ms. Holds scratch memory, so one object a thread.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._seen = np.zeros(size, dtype=bool)
-        self._place = np.zeros(size, dtype=np.int32)
-
-    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Unique values (int64), 0 always the first of them, and each array as int64 positions in them."""
-        self._seen[0] = True
-        for array in arrays:
-            self._seen[array] = True
-        unique = np.flatnonzero(self._seen)
-        self._seen[unique] = False
-        self._place[unique] = np.arange(len(unique), dtype=np.int32)
-        return unique, [self._place[array].astype(np.int64) for array in arrays]
-
-
 class _Tokens(NamedTuple):
-    """Columns (N,) of a batch's tokens; items as index into the batch's unique ids."""
+    """Columns (N,) of a batch's tokens; items as ids first, then as index into the batch's unique ids."""
 
     owner: np.ndarray
     positions: np.ndarray
@@ -210,12 +190,36 @@ def _batch(users: np.ndarray, lengths: np.ndarray, unique: np.ndarray, tokens: _
     columns = {"target_index": nothing, "negative_index": nothing.reshape(0, 0), "candidate_index": nothing} | training
     columns |= {"users": users, "lengths": lengths, "owner": tokens.owner, "positions": tokens.positions, "unique_ids": unique}
     columns |= {"item_index": tokens.items, "action_types": tokens.actions, "timestamps": tokens.times}
-    return Batch(**{name: torch.from_numpy(column) for name, column in columns.items()}, max_length=int(lengths.max()))
+    return Batch(
+        **{name: torch.from_numpy(column.astype(np.int64, copy=False)) for name, column in columns.items()}, max_length=int(lengths.max())
+    )
 
 
 def _owner_and_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For users of `lengths` tokens: each token's user row and its place in the user's sequence, both (N,) int64."""
     return np.repeat(np.arange(len(lengths), dtype=np.int64), lengths), ragged_places(np.zeros(len(lengths), dtype=np.int64), lengths)
+
+
+def _window(store, split: Split, most: int) -> tuple[np.ndarray, _Tokens, np.ndarray]:
+    """Training tokens of each sample's last `most` events: (lengths (B,), tokens, the item that each predicts (N,)), all int64."""
+    if fast := kernels.compiled():
+        events = (store.item_ids, np.int32), (store.action_types, np.int8), (store.timestamps, np.int64)
+        arrays = (kernels.contiguous(array, dtype) for array, dtype in events)
+        lengths, owner, positions, items, targets, actions, times = fast.window_tokens(split.begin, split.end, most, *arrays)
+        return lengths, _Tokens(owner, positions, items, actions, times), targets
+    lengths = np.minimum(split.end - split.begin, most)
+    events = ragged_places(split.end - lengths, lengths)  # (N,) event that each token predicts
+    owner, positions = _owner_and_positions(lengths)
+    first = positions == 0  # the user tokens
+    previous = np.maximum(events - 1, 0)
+    tokens = _Tokens(
+        owner,
+        positions,
+        items=np.where(first, 0, store.item_ids[previous]).astype(np.int64),
+        actions=np.where(first, 0, store.action_types[previous].astype(np.int64) + 1),
+        times=np.where(first, 0, store.timestamps[previous]),
+    )
+    return lengths, tokens, store.item_ids[events].astype(np.int64)
 
 
 class TrainingOrder:
@@ -255,40 +259,29 @@ class BatchBuilder:
 
     def __init__(self, store, split: Split, max_seq_length: int, seed: int = 0, negatives: NegativeSampling | None = None) -> None:
         self.store, self.split, self.max_seq_length, self.seed, self.negatives = store, split, max_seq_length, seed, negatives
-        self._local = threading.local()
 
     def _deduplicate(self, *arrays: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        if not hasattr(self._local, "deduplicator"):
-            self._local.deduplicator = Deduplicator(self.store.num_items + 1)
-        return self._local.deduplicator(*arrays)
+        """Unique ids (M,) int64, ascending, 0 always the first, and each array as places in them."""
+        flat = np.concatenate([array.reshape(-1).astype(np.int32, copy=False) for array in arrays])
+        found = distinct(flat, self.store.num_items + 1)
+        ends = np.cumsum([array.size for array in arrays])[:-1]
+        unique = np.concatenate([np.zeros(1, dtype=np.int64), found.keys])
+        return unique, [part.reshape(array.shape) for part, array in zip(np.split(found.rank, ends), arrays)]
 
     def training(self, samples: np.ndarray, epoch: int, step: int) -> Batch:
         """A training batch: every event of the window is a target, predicted from the user token and the window's events before it.
 
         samples: (B,) sample numbers. `step` numbers the batch within the epoch; shared negatives depend on it.
         """
-        split, store = self.split.take(samples), self.store
-        lengths = np.minimum(split.end - split.begin, self.max_seq_length + 1)
-        events = ragged_places(split.end - lengths, lengths)  # (N,) event that each token predicts
-        owner, positions = _owner_and_positions(lengths)
-        first = positions == 0  # the user tokens
-        previous = np.maximum(events - 1, 0)
-        targets = store.item_ids[events].astype(np.int64)
-        items = np.where(first, 0, store.item_ids[previous])
-        negatives, shared = self._draw_negatives(split, samples, lengths, targets, epoch, step)
+        split = self.split.take(samples)
+        lengths, tokens, targets = _window(self.store, split, self.max_seq_length + 1)
+        negatives, shared = self._draw_negatives(split, samples, tokens, targets, epoch, step)
         if self.negatives is not None and self.negatives.kind == "all":
-            unique = np.arange(store.num_items + 1, dtype=np.int64)
-            item_index, target_index, candidates = items.astype(np.int64), targets, unique[1:]
+            unique = np.arange(self.store.num_items + 1, dtype=np.int64)
+            target_index, candidates = targets, unique[1:]
         else:
-            unique, (item_index, target_index, negatives, shared) = self._deduplicate(items, targets, negatives, shared)
-            candidates = np.unique(shared)
-        tokens = _Tokens(
-            owner,
-            positions,
-            items=item_index,
-            actions=np.where(first, 0, store.action_types[previous].astype(np.int64) + 1),
-            times=np.where(first, 0, store.timestamps[previous]),
-        )
+            unique, (items, target_index, negatives, shared) = self._deduplicate(tokens.items, targets, negatives, shared)
+            tokens, candidates = tokens._replace(items=items), np.unique(shared)
         return _batch(split.users, lengths, unique, tokens, target_index=target_index, negative_index=negatives, candidate_index=candidates)
 
     def evaluation(self, samples: np.ndarray) -> Batch:
@@ -306,10 +299,10 @@ class BatchBuilder:
         return _batch(split.users, lengths, unique, _Tokens(owner, positions, item_index, actions, times))
 
     def _draw_negatives(
-        self, split: Split, samples: np.ndarray, lengths: np.ndarray, targets: np.ndarray, epoch: int, step: int
+        self, split: Split, samples: np.ndarray, tokens: _Tokens, targets: np.ndarray, epoch: int, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """(negatives of each token (N, K), items that all tokens share (C,))."""
-        nothing = np.zeros((int(lengths.sum()), 0), dtype=np.int64), np.zeros(0, dtype=np.int64)
+        nothing = np.zeros((len(targets), 0), dtype=np.int64), np.zeros(0, dtype=np.int64)
         if self.negatives is None or self.negatives.kind == "all":
             return nothing
         if self.negatives.kind == "shared":
@@ -321,11 +314,16 @@ class BatchBuilder:
             return nothing[0], np.concatenate(
                 [uniform, random.choice(targets, most, replace=False) if 0 < most < len(targets) else targets]
             )
-        owner, positions = _owner_and_positions(lengths)
+        if fast := kernels.compiled():
+            item_ids, rows = kernels.contiguous(self.store.item_ids, np.int32), kernels.contiguous(samples, np.int64)
+            token = split.begin, split.end, tokens.owner, tokens.positions, rows
+            state = counter_hash(self.seed, epoch)[()]
+            drawn = fast.draw_negatives(item_ids, *token, self.negatives.num_negatives, self.store.num_items, state, MAX_DRAWS)
+            return drawn, nothing[1]
         drawn = uniform_negatives(
-            sample_of_token=owner,
+            sample_of_token=tokens.owner,
             samples=samples,
-            position=positions,
+            position=tokens.positions,
             num_negatives=self.negatives.num_negatives,
             num_items=self.store.num_items,
             history=_history_keys(self.store, split),
@@ -352,7 +350,7 @@ def uniform_negatives(
     history: np.ndarray,
     seed: int,
     epoch: int,
-    max_draws: int = 32,
+    max_draws: int = MAX_DRAWS,
 ) -> np.ndarray:
     """Uniform items (N, K) outside each user's history, by rejection; draw d of a token is a hash of (seed, epoch, sample, position, k, d).
 

@@ -211,14 +211,16 @@ def _bce_forward(query, item_emb, pos_index, neg_index, chunk, with_grad):
     loss = torch.zeros((), dtype=dtype, device=query.device)
     for start in range(0, num_tokens, chunk):
         part = slice(start, start + chunk)
-        index = torch.cat((pos_index[part, None], neg_index[part]), dim=1)  # (n, 1 + K)
-        vectors = items.index_select(0, index.view(-1)).to(dtype).view(*index.shape, -1)  # (n, 1 + K, D)
-        tokens = query[part].detach().to(dtype)[:, None]  # (n, 1, D)
-        logits = (vectors * tokens).sum(2)  # (n, 1 + K)
-        loss += (F.softplus(logits) - label * logits).mv(weight).sum()
-        if not with_grad:
-            continue
-        grad_logits = ((logits.sigmoid() - label) * weight)[:, :, None]  # (n, 1 + K, 1)
-        grad_item.index_add_(0, index.view(-1), (grad_logits * tokens).view(-1, tokens.shape[2]))
-        grad_query[part] = vectors.mul_(grad_logits).sum(1)
+        tokens = query[part].detach().to(dtype)  # (n, D)
+        grad = torch.zeros_like(tokens)
+        for column, index in enumerate((pos_index[part], *neg_index[part].unbind(1))):  # a (n, 1 + K, D) tensor costs more in passes
+            vectors = items.index_select(0, index).to(dtype)  # (n, D)
+            logits = (vectors * tokens).sum(1)  # (n,)
+            loss += (F.softplus(logits) - label[column] * logits).sum() * weight[column]
+            if with_grad:
+                grad_logits = ((logits.sigmoid() - label[column]) * weight[column])[:, None]  # (n, 1)
+                grad.addcmul_(grad_logits, vectors)
+                grad_item.index_add_(0, index, vectors.copy_(tokens).mul_(grad_logits))
+        if with_grad:
+            grad_query[part] = grad
     return loss, grad_query, grad_item

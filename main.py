@@ -2,6 +2,7 @@
 
 python main.py                                    train with config.yaml, on demo data where no data is given
 python main.py --batch_size 64 --lr 0.0005        settings by flag (--help lists them)
+python main.py --estimate                         how much memory and disk that takes, and whether it fits
 python main.py --resume                           go on with the newest unfinished run
 python main.py --inference_only --state_dict_path checkpoints/RUN/best_model.pt
 """
@@ -12,6 +13,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import checkpoint as checkpoints
 from config import Config, warnings_for, with_values
 from dataset import make_splits
 from errors import UserError, run_cli
+from estimate import Data, estimate_run
 from features import TableLayout, choose_embeddings
 from logger import RunLogger, peak_rss_gib
 from report import write_report
@@ -43,6 +46,8 @@ def main() -> int:
     if options.print_config:
         print(print_config(arguments))
         return 0
+    if options.estimate:
+        return estimate(arguments)
     if options.inference_only:
         if options.state_dict_path is None:
             raise UserError("--inference_only evaluates a checkpoint: name it with --state_dict_path.")
@@ -100,6 +105,14 @@ def train(arguments: ParsedArguments) -> int:
         raise
     finally:
         logger.close()
+
+
+def estimate(arguments: ParsedArguments) -> int:
+    """--estimate: what the run would take; status 0 where it fits, 1 where it does not. Writes nothing but the store (and demo data)."""
+    config = with_demo_data(arguments.config)
+    found = estimate_run(config, lambda: open_data(config, print), choose_device(config))
+    print(found.text())
+    return 1 if found.lacking() else 0
 
 
 def evaluate_checkpoint(arguments: ParsedArguments) -> int:
@@ -161,12 +174,10 @@ def embeddings_of(config: Config) -> tuple[str, ...]:
     return choose_embeddings(lambda i: has_embedding(data_path, schema[i]), schema, config.data.multimodal_features)
 
 
-def build_trainer(config: Config, run: RunPaths, logger: RunLogger, device: torch.device) -> Trainer:
-    """Open the store, split it, and make the trainer; says what it found."""
+def open_data(config: Config, log: Callable[[str], None]) -> Data:
+    """Open the store, compiling it where it is missing, and split it."""
     data_path, embeddings = Path(config.paths.data_path), embeddings_of(config)
-    store = open_store(
-        data_path, Path(config.paths.cache_path), embeddings=embeddings, max_bad_lines=config.data.max_bad_lines, log=logger.say
-    )
+    store = open_store(data_path, Path(config.paths.cache_path), embeddings=embeddings, max_bad_lines=config.data.max_bad_lines, log=log)
     splits = make_splits(
         store,
         protocol=config.eval.protocol,
@@ -175,7 +186,12 @@ def build_trainer(config: Config, run: RunPaths, logger: RunLogger, device: torc
         seed=config.system.seed,
         max_eval_users=config.eval.max_eval_users,
     )
-    layout = TableLayout.from_store(store, config.model.user_id)
+    return Data(store, splits, TableLayout.from_store(store, config.model), embeddings)
+
+
+def build_trainer(config: Config, run: RunPaths, logger: RunLogger, device: torch.device) -> Trainer:
+    """Open the data and make the trainer; says what it found."""
+    store, splits, layout, embeddings = open_data(config, logger.say)
     data_summary(logger, store, splits, embeddings)
     trainer = Trainer(config, store, layout, embeddings, splits, run, logger, device)
     model_table(logger, trainer)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dataset import Batch
 from embedding import JointTable, RowProjection
 from features import Dense, FeatureInputs, SideInputs, TableLayout
-from layers import BACKBONES, Packing, TimeFeatures
+from layers import BACKBONES, Dropout, Packing, TimeFeatures, pick
 from schema import NUM_ACTION_TYPES
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -42,8 +42,11 @@ class DenseProjection(nn.Module):
 
     def forward(self, dense: Dense) -> Tensor:
         values = dense.values.float()
-        values = values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + 1e-6)
-        return torch.where(dense.present[:, None], self.projection(values), self.missing)
+        scale = torch.rsqrt(torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_().div_(values.shape[1]).add_(1e-6))
+        present = dense.present[:, None].to(values.dtype)
+        # Two more columns choose between the bias and the missing vector (the values are zeros there): one product, and no torch.where.
+        values = torch.cat((values * scale, present, 1 - present), dim=1)
+        return values @ torch.cat((self.projection.weight.T, self.projection.bias[None], self.missing[None]))
 
 
 class Recommender(nn.Module):
@@ -56,12 +59,11 @@ class Recommender(nn.Module):
     def __init__(self, config, layout: TableLayout, embedding_widths: dict[str, int], has_time: bool) -> None:
         super().__init__()
         width = config.hidden_units
-        table_width = config.embedding_dim or width
         self.config = config
         project = config.item_tower == "linear"
-        self.table = JointTable(layout.num_rows, table_width, config.init_std)
-        self.item_projection = RowProjection(layout.side("item"), table_width, width, project)
-        self.user_projection = RowProjection(layout.side("user"), table_width, width, project)
+        self.table = JointTable(layout, config.init_std)
+        self.item_projection = RowProjection(layout, "item", width, project)
+        self.user_projection = RowProjection(layout, "user", width, project)
         self.item_bias = nn.Parameter(torch.zeros(width)) if project else None
         self.dense = nn.ModuleDict({name: DenseProjection(size, width) for name, size in embedding_widths.items()})
         self.user_token = nn.Parameter(torch.empty(width).normal_(0.0, config.init_std))
@@ -69,7 +71,7 @@ class Recommender(nn.Module):
         self.positions = nn.Embedding(config.max_seq_length + 1, width) if config.position == "learned" else None
         self.time = TimeFeatures(width, config.init_std) if config.time_features and has_time else None
         self.embedding_norm = nn.LayerNorm(width) if config.embedding_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         self.backbone = BACKBONES[config.backbone](config)
         self._initialise(config)
 
@@ -91,7 +93,7 @@ class Recommender(nn.Module):
 
     def encode_items(self, inputs: SideInputs) -> ItemVectors:
         """Vectors of M unique items."""
-        vectors = self.item_projection(self.table.lookup(inputs.rows), inputs)  # (M, D)
+        vectors = self.item_projection(self.table.lookup("item", inputs), inputs)  # (M, D)
         for projection, dense in zip(self.dense.values(), inputs.dense):
             vectors = vectors + projection(dense)
         if self.item_bias is not None:
@@ -107,16 +109,16 @@ class Recommender(nn.Module):
         history: (M, D) vectors of the batch's unique items.
         """
         packing = Packing.from_batch(batch)
-        x = history.index_select(0, batch.item_index)  # (N, D)
-        is_user = (packing.positions == 0)[:, None]
         user = self.user_token.expand(batch.users.shape[0], -1)
-        if users.segments[-1] > 1 or self.user_projection.num_single:
-            user = user + self.user_projection(self.table.lookup(users.rows), users)
-        x = torch.where(is_user, user.to(x.dtype).index_select(0, batch.owner), x)
+        if self.user_projection.num_fields:
+            user = user + self.user_projection(self.table.lookup("user", users), users)
+        # Token n stands for unique item item_index[n], or for the user owner[n]: one gather from both.
+        source = torch.where(packing.positions == 0, batch.owner + history.shape[0], batch.item_index)
+        x = torch.cat((history, user.to(history.dtype))).index_select(0, source)  # (N, D)
         if self.actions is not None:
-            x = x + self.actions(batch.action_types)
+            x = x + pick(self.actions, batch.action_types)
         if self.positions is not None:
-            x = x + self.positions(packing.positions)
+            x = x + pick(self.positions, packing.positions)
         if self.time is not None:
             x = x + self.time(batch.timestamps, packing.positions)
         x = self.dropout(self.embedding_norm(x))

@@ -30,6 +30,7 @@ class Options:
     resume_path: Path | None = setting(None, "Go on with the run or checkpoint at this path.")
     state_dict_path: Path | None = setting(None, "Start from a checkpoint's weights: its folder, its model.pt or a link to it.")
     inference_only: bool = setting(False, "Evaluate the checkpoint of --state_dict_path on the test split, without training.")
+    estimate: bool = setting(False, "Say how much memory and disk the run will take and whether it fits, and stop.")
     overwrite: bool = setting(False, "Let a new run write into another run's folder.")
     debug: bool = setting(False, "Show the traceback of any failure.")
     write_config: bool = setting(False, "Write config.yaml (or --config FILE) anew from config.py and the flags given, and stop.")

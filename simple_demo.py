@@ -52,7 +52,7 @@ def demonstrate(folder: Path) -> None:
     splits = make_splits(store, protocol="holdout", holdout_fraction=0.2, target="last", seed=config.system.seed)
     run = prepare_run(config.paths)
     logger = RunLogger(run.log_dir, None)
-    trainer = Trainer(config, store, TableLayout.from_store(store, user_id=False), ("81",), splits, run, logger, torch.device("cpu"))
+    trainer = Trainer(config, store, TableLayout.from_store(store, config.model), ("81",), splits, run, logger, torch.device("cpu"))
     logger.total_steps = trainer.total_steps
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(f"    {splits.train.num_samples:,} users to train on, {splits.test.num_samples:,} to test on; {parameters:,} parameters")

@@ -157,7 +157,7 @@ def small_trainer(folder: Path):
     splits = make_splits(store, protocol="holdout", holdout_fraction=0.2, target="last", seed=1)
     run = prepare_run(config.paths, base=folder, log=lambda _: None)
     logger = RunLogger(run.log_dir, None, console=False)
-    return Trainer(config, store, TableLayout.from_store(store, user_id=False), (), splits, run, logger, torch.device("cpu"))
+    return Trainer(config, store, TableLayout.from_store(store, config.model), (), splits, run, logger, torch.device("cpu"))
 
 
 def check_model(trainer) -> str:

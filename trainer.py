@@ -89,6 +89,8 @@ def build_model(config: Config, layout: TableLayout, schema, embeddings: tuple[s
     torch.manual_seed(config.system.seed)
     model = Recommender(config.model, layout, {i: schema[i].width for i in embeddings}, schema.has_time)
     model.backbone.gradient_checkpointing = config.training.gradient_checkpointing
+    if config.training.compile:
+        model.backbone.compile(dynamic=True)  # in place: the names of the weights stay
     return model
 
 
@@ -220,7 +222,7 @@ class Trainer:
 
     def _build(self, number: int) -> tuple[Batch, FeatureInputs]:
         batch = self.builder.training(self.order.samples(number), self.epoch, number)
-        built = batch, self.columns.gather(batch.unique_ids.numpy(), batch.users.numpy())
+        built = batch, self.columns.gather(batch.unique_ids.numpy(), batch.users.numpy(), transposed=self.device.type == "cpu")
         return move(built, self.device, pin=True) if self.device.type == "cuda" else built
 
     def _update(self, batch: Batch, features: FeatureInputs) -> None:
@@ -230,8 +232,8 @@ class Trainer:
             query, item_emb = self.model(batch, features)
         loss = self.loss(query, item_emb, batch)
         (loss * self.scaler.scale).backward()
-        touched = [(rows, leaf.grad) for rows, leaf in self.model.table.pop_touched() if leaf.grad is not None]
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None] + [grad for _, grad in touched]
+        touched = [entry for entry in self.model.table.pop_touched() if entry.leaf.grad is not None]
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None] + [entry.leaf.grad for entry in touched]
         loss_scale = self.scaler.scale
         norm = gradient_norm(grads) / loss_scale
         # The one sync point of a step: no update may follow a gradient that is not finite.
@@ -251,8 +253,8 @@ class Trainer:
                 group["lr"] = training.learning_rate * factor
             self.optimizer.step()
             self.table_optimizer.begin_step()
-            for rows, grad in touched:
-                self.table_optimizer.step(rows, grad, (training.table_learning_rate or training.learning_rate) * factor, scale)
+            for entry in touched:
+                self.table_optimizer.step(entry, (training.table_learning_rate or training.learning_rate) * factor, scale)
             self.loss_sum, self.loss_count = self.loss_sum + loss_value, self.loss_count + 1
         self.optimizer.zero_grad(set_to_none=True)
 

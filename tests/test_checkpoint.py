@@ -211,7 +211,7 @@ def test_another_format_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ck, "FORMAT_VERSION", 99)
     path = save(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="format_version is 99; expected 1"):
+    with pytest.raises(UserError, match="format_version is 99; expected 2"):
         ck.read_meta(path)
 
 

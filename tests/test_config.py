@@ -57,6 +57,8 @@ def test_import_needs_no_torch() -> None:
 # ---- one value at a time ----
 
 IDS = "auto, none or a list of different feature ids, as [81, 82]"
+ROWS = "none or a list of different whole numbers, at least 2"
+NAMES = "none or a list of different names, as [item_id, 121]"
 BAD_VALUES = [
     ("hidden_units", "64", "model.hidden_units is '64'; expected a whole number, at least 1."),
     ("hidden_units", 64.0, "model.hidden_units is 64.0; expected a whole number, at least 1."),
@@ -97,6 +99,15 @@ BAD_VALUES = [
     ("multimodal_features", "81", f"data.multimodal_features is '81'; expected {IDS}."),
     ("multimodal_features", [81, "81"], f"data.multimodal_features is [81, '81']; expected {IDS}."),
     ("multimodal_features", [81, "auto"], f"data.multimodal_features is [81, 'auto']; expected {IDS}."),
+    ("feature_width", "fourth", "model.feature_width is 'fourth'; expected one of same, auto."),
+    ("hash_rows", 50, f"model.hash_rows is 50; expected {ROWS}."),
+    ("hash_rows", "auto", f"model.hash_rows is 'auto'; expected {ROWS}."),
+    ("hash_rows", [50, 1], f"model.hash_rows is [50, 1]; expected {ROWS}."),
+    ("hash_rows", [50, 50], f"model.hash_rows is [50, 50]; expected {ROWS}."),
+    ("hashed_features", "item_id", f"model.hashed_features is 'item_id'; expected {NAMES}."),
+    ("hashed_features", "auto", f"model.hashed_features is 'auto'; expected {NAMES}."),
+    ("hashed_features", [121, "121"], f"model.hashed_features is [121, '121']; expected {NAMES}."),
+    ("hashed_features", [""], f"model.hashed_features is ['']; expected {NAMES}."),
     ("multimodal_features", [1.5], f"data.multimodal_features is [1.5]; expected {IDS}."),
 ]
 
@@ -112,6 +123,8 @@ GOOD_VALUES = [
     ("device", "cuda:11", "cuda:11"),
     ("top_k", [5, 10], (5, 10)), ("multimodal_features", [81, "82"], ("81", "82")), ("multimodal_features", "none", ()),
     ("multimodal_features", [], ()),
+    ("hash_rows", "none", ()), ("hash_rows", [], ()), ("hash_rows", [50, 2], (50, 2)), ("hashed_features", "none", ()),
+    ("hashed_features", ["item_id", 121], ("item_id", "121")),
     ("lr_scheduler", "none", "constant"), ("run_name", "try 1 中", "try 1 中"), ("data_path", Path("/data"), "/data"),
 ]  # fmt: skip
 
@@ -150,11 +163,13 @@ def test_all_mistakes_of_a_tree_at_once() -> None:
     (ModelConfig, {"hidden_units": 64, "num_heads": 3},
      "model.hidden_units is 64 and model.num_heads is 3; expected hidden_units to be a multiple of num_heads."),
     (ModelConfig, {"hidden_units": 6, "num_heads": 2, "position": "rope"},
-     "model.position is 'rope' and model.hidden_units is 6 and model.num_heads is 2; "
-     "expected an even hidden_units / num_heads, or another position than rope."),
+     ("model.position is 'rope' and model.hidden_units is 6 and model.num_heads is 2; "
+      "expected an even hidden_units / num_heads, or another position than rope.")),
     (ModelConfig, {"item_tower": "sum", "embedding_dim": 8},
-     "model.item_tower is 'sum' and model.embedding_dim is 8 and model.hidden_units is 64; "
-     "expected embedding_dim 0 or hidden_units where vectors are summed."),
+     ("model.item_tower is 'sum' and model.embedding_dim is 8 and model.hidden_units is 64; "
+      "expected embedding_dim 0 or hidden_units where vectors are summed.")),
+    (ModelConfig, {"item_tower": "sum", "feature_width": "auto"},
+     "model.item_tower is 'sum' and model.feature_width is 'auto'; expected feature_width same where vectors are summed."),
     (LossConfig, {"name": "bce", "num_negatives": 0}, "loss.name is 'bce' and loss.num_negatives is 0; expected at least 1 negative."),
     (LossConfig, {"num_negatives": 0, "in_batch_negatives": False},
      "loss.num_negatives is 0 and loss.in_batch_negatives is false; expected negatives from one of the two."),
@@ -166,6 +181,8 @@ def test_conflicts(cls: type, values: dict, message: str) -> None:
 def test_what_does_go_together() -> None:
     ModelConfig(hidden_units=6, num_heads=2, position="learned")
     ModelConfig(item_tower="sum", embedding_dim=64)
+    ModelConfig(item_tower="sum", hash_rows=[50, 30], hashed_features=["item_id", 121])
+    ModelConfig(feature_width="auto", embedding_dim=32)
     LossConfig(name="full_softmax", num_negatives=0)
     LossConfig(num_negatives=0, in_batch_negatives=True)
 
@@ -235,6 +252,9 @@ def test_default_settings_warn_of_nothing() -> None:
     ({"lr_scheduler": "constant", "min_lr_ratio": 0.0}, ["training.min_lr_ratio 0.0 "]),
     ({"candidate_activation": True}, ["model.candidate_activation true has no effect with model.item_activation none."]),
     ({"candidate_activation": True, "item_activation": "relu"}, []),
+    ({"hashed_features": ["121"]}, ["model.hashed_features ['121'] has no effect with model.hash_rows []."]),
+    ({"hashed_features": ["121"], "hash_rows": [50]}, []),
+    ({"hashed_features": [], "hash_rows": [50]}, ["model.hash_rows [50] has no effect with model.hashed_features []."]),
     ({"optimizer": "adam", "weight_decay": 0.1}, ["training.weight_decay 0.1 "]),
     ({"optimizer": "adam", "weight_decay": 0.0}, []),
     ({"max_steps": 5, "num_epochs": 9, "patience": 2}, ["training.num_epochs 9 ", "training.patience 2 "]),

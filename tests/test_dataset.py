@@ -5,7 +5,6 @@ from tiny import tiny_store
 
 from dataset import (
     BatchBuilder,
-    Deduplicator,
     NegativeSampling,
     TrainingOrder,
     counter_hash,
@@ -61,13 +60,34 @@ def test_max_eval_users_is_said():
     assert any("7 of 30 test users" in note for note in splits.notes)
 
 
-def test_deduplicator_equals_numpy_and_keeps_nothing():
-    deduplicate = Deduplicator(50)
+@pytest.mark.parametrize("num_items", [50, 70_000])
+def test_unique_ids_equal_numpys_and_nothing_is_kept(num_items):
+    store = tiny_store(num_items=50)
+    store.num_items = num_items  # above 65,536 the sort takes two passes
+    builder = BatchBuilder(store, predict_split(store), 3)
     for seed in range(3):
-        ids = np.random.default_rng(seed).integers(0, 50, (4, 5))
-        unique, (inverse,) = deduplicate(ids)
-        assert unique.tolist() == sorted({0, *ids.flatten().tolist()})
-        assert (unique[inverse] == ids).all()
+        random = np.random.default_rng(seed)
+        ids = random.integers(0, num_items + 1, (4, 5))
+        others = random.integers(1, num_items + 1, 30).astype(np.int32)
+        unique, (inverse, nothing, inverse_of_others) = builder._deduplicate(ids, np.zeros((4, 0), dtype=np.int64), others)
+        assert unique.dtype == np.int64 and unique.tolist() == sorted({0, *ids.flatten().tolist(), *others.tolist()})
+        assert inverse.dtype == inverse_of_others.dtype == np.int32 and nothing.shape == (4, 0)
+        assert (unique[inverse] == ids).all() and (unique[inverse_of_others] == others).all()
+
+
+def test_batches_of_a_mapped_store_are_plain_int64_tensors(tmp_path):
+    plain, mapped = tiny_store(), tiny_store()
+    for name in ("item_ids", "action_types", "timestamps"):
+        column = getattr(plain, name)
+        column.tofile(tmp_path / name)
+        setattr(mapped, name, np.memmap(tmp_path / name, dtype=column.dtype, mode="r"))
+    for negatives in (None, NegativeSampling("position", 3), NegativeSampling("shared", 9), NegativeSampling("all", 0)):
+        batches = [
+            BatchBuilder(store, predict_split(store), 4, negatives=negatives).training(np.arange(6), 0, 1) for store in (plain, mapped)
+        ]
+        for name, one, other in zip(batches[0]._fields, *batches):
+            if name != "max_length":
+                assert one.dtype == other.dtype == torch.int64 and torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("buckets", [True, False])
@@ -131,7 +151,7 @@ def test_negatives_lie_outside_the_users_history_and_cover_the_rest():
 def test_negatives_depend_on_the_sample_not_on_the_batch():
     store = tiny_store(num_users=30)
     together, drawn = _negatives(store, range(30))
-    alone, drawn_alone = _negatives(store, [17], step=9)
+    _, drawn_alone = _negatives(store, [17], step=9)
     assert torch.equal(drawn[together.owner == 17], drawn_alone)
     assert not torch.equal(_negatives(store, [17], epoch=3)[1], drawn_alone)
 

@@ -6,9 +6,10 @@ Runs are whole ones, of main.py in this process on 60 users, with the keys given
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 from unittest import mock
 
@@ -86,6 +87,16 @@ def last_state(seen: Seen, file: str) -> dict:
     return torch.load(seen.checkpoints[-1] / file, weights_only=True)
 
 
+def table_widths(seen: Seen) -> list:
+    """The widths of the joint table's parts, each once."""
+    return sorted({value.shape[1] for name, value in last_state(seen, "model.pt").items() if name.startswith("table.parts.")})
+
+
+def item_id_rows(seen: Seen) -> int:
+    layout = json.loads((seen.checkpoints[-1] / "meta.json").read_text())["layout"]
+    return sum(field["size"] for field in layout if field["name"] == "item_id")
+
+
 def exists(path: str) -> Callable:
     return lambda seen: any(seen.cwd.glob(path))
 
@@ -100,7 +111,7 @@ class Case(NamedTuple):
     value: object
     observe: Callable
     expected: tuple = ()
-    base: dict = {}
+    base: Mapping = MappingProxyType({})
 
 
 STILL = {"learning_rate": 1e-12}  # nothing is learnt: no evaluation is better than the first
@@ -112,7 +123,10 @@ CASES = {
     "num_blocks": Case(2, losses),
     "num_heads": Case(4, losses),
     "max_seq_length": Case(3, losses),
-    "embedding_dim": Case(4, lambda seen: last_state(seen, "model.pt")["table.weight"].shape[1], (8, 4)),
+    "embedding_dim": Case(4, table_widths, ([8], [4])),
+    "feature_width": Case("auto", table_widths, ([32], [8, 16]), {"embedding_dim": 32}),
+    "hash_rows": Case([20, 13], item_id_rows, (ITEMS, 33)),
+    "hashed_features": Case(["121"], item_id_rows, (20, ITEMS), {"hash_rows": [20]}),
     "dropout_rate": Case(0.0, losses),
     "attention_dropout": Case(0.5, losses),
     "norm_first": Case(False, losses),
@@ -145,6 +159,7 @@ CASES = {
     "lr_gamma": Case(0.1, rates, ([1e-3] * 4 + [5e-4] * 4, [1e-3] * 4 + [1e-4] * 4), {"lr_scheduler": "step"}),
     "gradient_clip": Case(0.0, losses, base={"learning_rate": 0.01}),
     "precision": Case("bf16", losses),
+    "compile": Case(True, called("compiled encoders"), (0, 1)),  # noted, not done: it takes a minute
     "gradient_checkpointing": Case(True, called("checkpointed blocks"), (0, 8)),
     "patience": Case(1, evaluations, (4, 2), STILL | {"num_epochs": 4}),
     "max_steps": Case(5, lambda seen: len(losses(seen)), (8, 5)),
@@ -223,7 +238,7 @@ def observed_run(folder: Path, number: int, settings: dict) -> Seen:
     cwd.mkdir()
     for name in ("data", "data-eval", "other", "broken", "cache", "empty.yaml"):
         (cwd / name).symlink_to(folder / name)
-    calls: dict = {"checkpointed blocks": 0, "users ranked at once": set()}
+    calls: dict = {"checkpointed blocks": 0, "compiled encoders": 0, "users ranked at once": set()}
     calls |= {name: set() for name in ("chunk_size", "num_workers", "prefetch_batches", "seen items removed", "threads")}
     with watched(calls):
         done = run_main("--config", "empty.yaml", *flags_of(settings), cwd=cwd)
@@ -256,6 +271,9 @@ def watched(calls: dict) -> Iterator[None]:
         calls["checkpointed blocks"] += 1
         return checkpoint(*args, **options)
 
+    def noted_compile(self, **options):
+        calls["compiled encoders"] += 1
+
     def noted_topk(query, *args, exclude):
         calls["users ranked at once"].add(len(query))
         calls["seen items removed"].add(exclude is not None)
@@ -272,7 +290,7 @@ def watched(calls: dict) -> Iterator[None]:
 
     patches = [(trainer, "softmax_loss", noted_loss), (layers, "checkpoint", noted_checkpoint), (evaluate, "topk_exact", noted_topk),
                (trainer, "prefetch", noted_prefetch), (evaluate, "prefetch", noted_prefetch), (trainer.Trainer, "_update", noted_update),
-               (os, "fsync", lambda _: None)]  # fmt: skip
+               (layers.Transformer, "compile", noted_compile), (os, "fsync", lambda _: None)]  # fmt: skip
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))

@@ -6,19 +6,21 @@ from torch.profiler import ProfilerActivity, profile
 
 from config import Config, with_values
 from dataset import BatchBuilder, predict_split
-from features import FeatureColumns, TableLayout
-from model import Recommender
+from features import Dense, FeatureColumns, TableLayout, hashed_rows
+from model import DenseProjection, Recommender
 
 
 def make(store=None, **settings):
     store = store or tiny_store()
     settings = {"hidden_units": 16, "num_heads": 2, "num_blocks": 2, "max_seq_length": 10} | settings
     config = with_values(Config(), **settings)
-    layout = TableLayout.from_store(store, config.model.user_id)
+    layout = TableLayout.from_store(store, config.model)
     torch.manual_seed(0)
     model = Recommender(config.model, layout, {"81": 4}, store.schema.has_time).eval()
     with torch.no_grad():  # large enough that a wrong value shows
-        model.table.weight[1:].normal_()
+        for part in model.table.parts:
+            part.normal_()
+        model.table.parts[0][0].zero_()
     columns = FeatureColumns(store, layout, ("81",))
     return store, model, columns
 
@@ -26,7 +28,21 @@ def make(store=None, **settings):
 def run(store, model, columns, samples, training=False, max_seq_length=10):
     builder = BatchBuilder(store, predict_split(store), max_seq_length)
     batch = builder.training(np.array(samples), 0, 0) if training else builder.evaluation(np.array(samples))
-    return batch, *model(batch, columns.gather(batch.unique_ids.numpy(), batch.users.numpy()))
+    return batch, *model(batch, columns.gather(batch.unique_ids.numpy(), batch.users.numpy(), transposed=training))
+
+
+def row_vector(model, layout, field, value):
+    """The table's vector of a value of a field, found without the code under test."""
+    row = field.offset + (int(hashed_rows(np.array([value]), field)[0]) if field.hash else value)
+    (vector,) = (table[row - part.begin] for part, table in zip(layout.parts, model.table.parts) if part.begin <= row < part.end)
+    return vector
+
+
+def feature_blocks(model, layout, side, values):
+    """For each field of a side (its index in the layout, the mean of the vectors of its values). values: {feature: list}."""
+    for number, field in enumerate(layout.side(side)):
+        found = [row_vector(model, layout, field, value) for value in values[field.name] if value]
+        yield number, torch.stack(found).sum(0) / max(1, len(values[field.name])) if found else torch.zeros(field.width)
 
 
 VARIANTS = [
@@ -42,6 +58,17 @@ VARIANTS = [
     {"user_id": True},
     {"embedding_norm": False},
     {"time_features": False, "action_embedding": False},
+    {"feature_width": "auto", "embedding_dim": 32},
+    {"hash_rows": [7, 5], "hashed_features": ["item_id", "tags", "likes"], "user_id": True},
+    {"item_tower": "sum", "hash_rows": [7], "hashed_features": ["item_id", "user_id"], "user_id": True},
+]
+TABLES = [
+    {},
+    {"embedding_dim": 8},
+    {"feature_width": "auto", "embedding_dim": 32},
+    {"feature_width": "auto", "hash_rows": [7, 400], "hashed_features": ["item_id", "tags"]},
+    {"item_tower": "sum"},
+    {"item_tower": "sum", "hash_rows": [7], "hashed_features": ["colour", "item_id"]},
 ]
 
 
@@ -68,7 +95,7 @@ def test_causality(settings):
 def test_training_and_evaluation_agree():
     # the query that training computes at the token before the last target is the one that evaluation ranks with
     store, model, columns = make()
-    train, query, _ = run(store, model, columns, [3], training=True)
+    _, query, _ = run(store, model, columns, [3], training=True)
     store.user_offsets = store.user_offsets.copy()
     split = predict_split(store)
     batch = BatchBuilder(store, split._replace(end=split.end - 1), 10).evaluation(np.array([3]))
@@ -85,27 +112,47 @@ def test_user_features_reach_every_query_and_users_do_not_mix():
     assert same[batch.owner == 0].all() and not same[batch.owner == 1].any()
 
 
-def test_item_vector_is_a_linear_layer_on_the_concatenated_vectors():
-    store, model, columns = make(similarity="dot")
-    ids = np.array([0, 4, 7, 9])
-    inputs = columns.items(ids)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("settings", TABLES, ids=str)
+def test_item_vector_is_a_linear_layer_on_the_concatenated_vectors(settings, transposed):
+    store, model, columns = make(similarity="dot", **settings)
+    ids = np.array([0, 2, 4, 9, 13])
+    inputs = columns.items(ids, transposed)
     vectors = model.encode_items(inputs).history
-    weight = model.table.weight
+    column = store.embedding("81")
     for row, item in enumerate(ids[1:], start=1):
-        fields = {f.name: f for f in columns.layout.fields}
-        at = lambda name, value: weight[fields[name].offset + value]
-        colour = int(store.item_single[item, 0])
-        tags = store.item_multi["tags"].rows[item]
-        parts = [
-            at("item_id", item),
-            at("colour", colour) if colour else torch.zeros(16),
-            sum(at("tags", t) for t in tags) / len(tags) if tags else torch.zeros(16),
-        ]
-        dense = torch.from_numpy(store.embedding("81").matrix[store.embedding("81").row_of_item[item]]).float()
+        values = {"item_id": [item], "colour": [int(store.item_single[item, 0])], "tags": store.item_multi["tags"].rows[item]}
+        blocks = [vector for _, vector in feature_blocks(model, columns.layout, "item", values)]
+        if settings.get("item_tower") == "sum":
+            expected = sum(blocks)
+        else:
+            weight = torch.cat([w.reshape(-1, 16) for w in model.item_projection.weights])  # rows in the order of the fields
+            expected = torch.cat(blocks) @ weight + model.item_bias
+        dense = torch.from_numpy(column.matrix[column.row_of_item[item]]).float()
         dense = dense / (dense.square().mean() + 1e-6).sqrt()
         projection = model.dense["81"]
-        expected = torch.cat(parts) @ model.item_projection.weight.reshape(-1, 16) + model.item_bias
-        expected = expected + (projection.projection(dense) if store.embedding("81").row_of_item[item] else projection.missing)
+        expected = expected + (projection.projection(dense) if column.row_of_item[item] else projection.missing)
+        torch.testing.assert_close(vectors[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_items_of_the_test_above_differ_in_all_ways():
+    store = tiny_store()
+    lists = [len(store.item_multi["tags"].rows[item]) for item in (2, 4, 9, 13)]
+    assert 0 in lists and max(lists) > 1  # a missing list, and a mean of several
+    assert 0 in store.item_single[[2, 4, 9, 13], 0] and 0 in store.embedding("81").row_of_item[[2, 4, 9, 13]]
+
+
+@pytest.mark.parametrize("settings", TABLES, ids=str)
+def test_user_vector_is_the_same_sum(settings):
+    store, model, columns = make(user_id=True, **settings)
+    users = np.array([0, 1, 4])
+    inputs = columns.users(users, transposed=True)
+    vectors = model.user_projection(model.table.lookup("user", inputs), inputs)
+    for row, user in enumerate(users):
+        values = {"user_id": [user + 1], "age": [int(store.user_single[user, 0])], "likes": store.user_multi["likes"].rows[user]}
+        blocks = [vector for _, vector in feature_blocks(model, columns.layout, "user", values)]
+        weights = [matrix for part in model.user_projection.weights for matrix in part]
+        expected = sum(block @ weight for block, weight in zip(blocks, weights, strict=True)) if weights else sum(blocks)
         torch.testing.assert_close(vectors[row], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -135,20 +182,33 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         _, query, items = run(store, model, columns, range(6), training=True)
         (query.sum() + (query[:5] @ items.T).square().sum()).backward()
         touched = model.table.pop_touched()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None] + [leaf.grad for _, leaf in touched])
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None] + [entry.leaf.grad for entry in touched])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_no_dense_gradient_of_the_table():
-    store, model, columns = make()
+@pytest.mark.parametrize("settings", [{}, {"feature_width": "auto"}, {"hash_rows": [7, 5]}], ids=str)
+def test_no_dense_gradient_of_the_table(settings):
+    store, model, columns = make(**settings)
     model.train()
     _, query, items = run(store, model, columns, range(6), training=True)
     (query @ items.T).sum().backward()
-    assert model.table.weight.grad is None
+    assert all(part.grad is None for part in model.table.parts)
     touched = model.table.pop_touched()
-    rows = torch.cat([rows for rows, _ in touched])
-    assert len(rows.unique()) == len(rows[rows > 0]) + 1 and all(leaf.grad.shape == (len(r), 16) for r, leaf in touched)
+    assert {entry.part for entry in touched} == set(range(len(model.table.parts))) and len(model.table.parts) == 1 + (
+        "feature_width" in settings
+    )
+    for number, part in enumerate(model.table.parts):
+        rows = torch.cat([entry.rows for entry in touched if entry.part == number])
+        assert len(rows.unique()) == len(rows) and int(rows.min()) >= (number == 0) and int(rows.max()) < len(part)  # row 0 is padding
+    assert all(entry.leaf.grad.shape == (len(entry.rows), model.table.parts[entry.part].shape[1]) for entry in touched)
+    assert model.table.pop_touched() == []
+
+
+def test_without_gradients_nothing_is_remembered():
+    store, model, columns = make()
+    with torch.no_grad():
+        run(store, model, columns, range(6))
     assert model.table.pop_touched() == []
 
 
@@ -182,9 +242,36 @@ def test_the_flash_kernel_runs_on_cuda_under_bf16():
 
 
 def test_unknown_items_and_values_share_the_padding_row():
-    store, model, columns = make()
+    store, _, columns = make()
     store.num_known_items = 10
     inputs = columns.items(np.array([0, 12]))
-    assert inputs.single[1, 0] == 0  # its id
+    at = lambda inputs, thing, place: int(inputs.bags.index[inputs.bags.offsets[thing] + place])  # 0 = row 0, padding
+    assert at(inputs, 1, 0) == 0  # its id
+    assert at(columns.items(np.array([0, 7])), 1, 0) > 0
     store.item_single[5, 0] = 99  # a value above the layout's range
-    assert columns.items(np.array([0, 5])).single[1, 1] == 0
+    assert at(columns.items(np.array([0, 5])), 1, 1) == 0
+    store.item_single[5, 0] = 3
+    assert at(columns.items(np.array([0, 5])), 1, 1) > 0
+
+
+def test_dense_projection_equals_the_plain_formula():
+    torch.manual_seed(0)
+    ours = DenseProjection(5, 3)
+    with torch.no_grad():
+        ours.missing.normal_()
+        ours.projection.bias.normal_()
+    present = torch.tensor([True, False, True, True, False, True])
+    values = (torch.randn(6, 5) * torch.tensor([1.0, 1, 100, 0.01, 1, 1])[:, None]).half() * present[:, None]
+    values[5] = 0  # present, and zero: the bias alone
+    plain = [parameter.detach().clone().requires_grad_() for parameter in (ours.projection.weight, ours.projection.bias, ours.missing)]
+    scaled = values.float() / (values.float().square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    expected = torch.where(present[:, None], scaled @ plain[0].T + plain[1], plain[2])
+    found = ours(Dense(values, present))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found[5], ours.projection.bias)
+    torch.testing.assert_close(found[1], ours.missing)
+    upstream = torch.randn(6, 3)
+    found.backward(upstream)
+    expected.backward(upstream)
+    for mine, theirs in zip((ours.projection.weight, ours.projection.bias, ours.missing), plain):
+        torch.testing.assert_close(mine.grad, theirs.grad)

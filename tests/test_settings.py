@@ -99,7 +99,8 @@ OTHER = {
     "backbone": "transformer", "hidden_units": 32, "activation": "relu", "position": "learned", "item_tower": "sum",
     "item_activation": "gelu", "similarity": "dot", "optimizer": "adam", "table_optimizer": "adam", "lr_scheduler": "step",
     "precision": "bf16", "name": "bce", "multimodal_features": ("81", "82"), "protocol": "leave_one_out", "target": "last_click",
-    "candidates": "/c", "top_k": (5, 20), "score_round": 2, "best_metric": "loss", "device": "cpu",
+    "candidates": "/c", "top_k": (5, 20), "score_round": 2, "best_metric": "loss", "device": "cpu", "feature_width": "auto",
+    "hash_rows": (64, 50), "hashed_features": ("user_id", "121"),
 }  # fmt: skip
 
 
@@ -142,6 +143,15 @@ def test_list_flags() -> None:
     assert load("--mm_emb_id", "auto").config.data.multimodal_features == "auto"
     assert load("--multimodal_features", "none").config.data.multimodal_features == ()
     assert load("--top_k", "5", "10").config.eval.top_k == (5, 10)
+    assert load("--hash_rows", "50").config.model.hash_rows == (50,)
+    assert load("--hash_rows", "none").config.model.hash_rows == load("--hash_rows=").config.model.hash_rows == ()
+    assert load("--hashed_features", "item_id,121", "user_id").config.model.hashed_features == ("item_id", "121", "user_id")
+    assert load("--hashed_features", "none").config.model.hashed_features == ()
+
+
+@pytest.mark.parametrize(("text", "expected"), [("none", ()), ("[]", ()), ("[50, 30]", (50, 30))])
+def test_hash_rows_in_yaml(text: str, expected: tuple, write) -> None:
+    assert load(file=write(f"model:\n  hash_rows: {text}\n  hashed_features: [item_id, 121]\n")).config.model.hash_rows == expected
 
 
 def test_a_flag_given_twice_the_last_counts() -> None:
@@ -187,12 +197,21 @@ FLAG_MISTAKES = [
     (["--batch_size", "6.5"], "flag --batch_size: training.batch_size is '6.5'; expected a whole number, at least 1."),
     (["--lr", "nan"], "flag --lr: training.learning_rate is nan; expected a number, above 0."),
     (["--optimizer", "adamm"], "flag --optimizer: training.optimizer is 'adamm'; expected one of adam, adamw (did you mean adam?)."),
-    (["--lr", "1", "--learning_rate", "1"],
-     "flag --lr and flag --learning_rate are the same key, training.learning_rate; give one of them."),
+    (
+        ["--lr", "1", "--learning_rate", "1"],
+        "flag --lr and flag --learning_rate are the same key, training.learning_rate; give one of them.",
+    ),
+    (["--hash_rows", "1"], "flag --hash_rows: model.hash_rows is [1]; expected none or a list of different whole numbers, at least 2."),
+    (
+        ["--hashed_features", "auto"],
+        "flag --hashed_features: model.hashed_features is 'auto'; expected none or a list of different names, as [item_id, 121].",
+    ),
     (["--resume_path", ""], "flag --resume_path: resume_path is ''; expected a path."),
     (["--debug", "x"], "flag --debug: debug is 'x'; expected true or false."),
-    (["--num_heads", "3"],
-     "flag --num_heads: model.hidden_units is 64 and model.num_heads is 3; expected hidden_units to be a multiple of num_heads."),
+    (
+        ["--num_heads", "3"],
+        "flag --num_heads: model.hidden_units is 64 and model.num_heads is 3; expected hidden_units to be a multiple of num_heads.",
+    ),
 ]
 
 
@@ -354,10 +373,10 @@ def test_write_config(write, tmp_path: Path) -> None:
 def test_print_config_is_yaml_with_origins(write) -> None:
     parsed = load("--lr", "0.5", environ={"BATCH_SIZE": "3"}, file=write("model:\n  num_blocks: 4\n"))
     text = print_config(parsed)
-    assert re.search(r"^  learning_rate: 0\.5 +# flag --lr$", text, re.M)
-    assert re.search(r"^  batch_size: 3 +# environment BATCH_SIZE$", text, re.M)
-    assert re.search(r"^  num_blocks: 4 +# config\.yaml:2$", text, re.M)
-    assert re.search(r"^  num_heads: 2 +# default$", text, re.M)
+    assert re.search(r"^  learning_rate: 0\.5 +# flag --lr$", text, re.MULTILINE)
+    assert re.search(r"^  batch_size: 3 +# environment BATCH_SIZE$", text, re.MULTILINE)
+    assert re.search(r"^  num_blocks: 4 +# config\.yaml:2$", text, re.MULTILINE)
+    assert re.search(r"^  num_heads: 2 +# default$", text, re.MULTILINE)
     assert load(file=write(text)).config == parsed.config
 
 
@@ -365,14 +384,14 @@ def test_help() -> None:
     text = help_text()
     assert max(map(len, text.splitlines())) < 140 and "\x1b" not in text and text.isascii()
     assert text.index("examples:") < text.index("options")
-    examples = re.findall(r"^  python main\.py (.*)$", text, re.M)
+    examples = re.findall(r"^  python main\.py (.*)$", text, re.MULTILINE)
     assert len(examples) == 3
     for example in examples:
         load(*example.replace("configs/", f"{ROOT}/configs/").split())
-    assert re.findall(r"^([a-z]+): ", text, re.M)[1:] == list(GROUPS)  # the first is "usage"
-    flags = re.findall(r"^  --(\w+)", text, re.M)
+    assert re.findall(r"^([a-z]+): ", text, re.MULTILINE)[1:] == list(GROUPS)  # the first is "usage"
+    flags = re.findall(r"^  --(\w+)", text, re.MULTILINE)
     assert [flag for flag in flags if flag in KEYS] == list(KEYS)
-    options = "config resume resume_path state_dict_path inference_only overwrite debug write_config print_config help"
+    options = "config resume resume_path state_dict_path inference_only estimate overwrite debug write_config print_config help"
     assert [flag for flag in flags if flag not in KEYS] == options.split()
     flat = " ".join(text.split())
     for group, cls in GROUPS.items():

@@ -12,7 +12,7 @@ import checkpoint as checkpoints
 from config import Config, with_values
 from dataset import make_splits
 from errors import RunError, UserError
-from features import TableLayout
+from features import TableLayout, hashed_rows
 from logger import RunLogger, read_train_log
 from optim import LossScaler
 from runs import RunPaths
@@ -42,11 +42,15 @@ def make_trainer(folder, resume_from=None, store=None, embeddings=("81",), **set
     run = RunPaths(folder, folder / "tb", folder, folder.name, resume_from=resume_from)
     splits = make_splits(store, protocol=config.eval.protocol, holdout_fraction=0.3, target=config.eval.target, seed=config.system.seed)
     logger = RunLogger(folder, None, console=False)
-    return Trainer(config, store, TableLayout.from_store(store, config.model.user_id), embeddings, splits, run, logger, torch.device("cpu"))
+    return Trainer(config, store, TableLayout.from_store(store, config.model), embeddings, splits, run, logger, torch.device("cpu"))
 
 
 def final_state(trainer):
-    return trainer.model.state_dict() | {"table." + k: v for k, v in trainer.table_optimizer.state_dict().items() if torch.is_tensor(v)}
+    """Weights and the table optimiser's moments, one a part of the table."""
+    moments = trainer.table_optimizer.state_dict()
+    found = {f"{name}.{part}": value for name in ("first", "second") for part, value in enumerate(moments[name])}
+    assert len(moments["second"]) == len(trainer.model.table.parts) and all((value != 0).any() for value in found.values())
+    return trainer.model.state_dict() | found
 
 
 def losses_of(folder):
@@ -64,6 +68,8 @@ def losses_of(folder):
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"gradient_checkpointing": True},
+        {"feature_width": "auto", "table_optimizer": "adam"},
+        {"hash_rows": [7, 5], "user_id": True, "hashed_features": ["item_id", "user_id", "tags"]},
     ],
     ids=str,
 )
@@ -244,11 +250,50 @@ def test_a_signal_at_the_last_step_leaves_the_evaluation_to_the_resumed_run(tmp_
 def test_l2_and_decay_act_on_touched_rows_only(tmp_path):
     store = tiny_store(sequences=[[1, 2, 3, 4, 5]] * 10, num_items=30)
     trainer = make_trainer(tmp_path, store=store, l2_emb=0.1, weight_decay=0.1, num_epochs=1, name="bce", num_negatives=1, embeddings=())
-    before = trainer.model.table.weight.clone()
+    (table,) = trainer.model.table.parts
+    before = table.clone()
     trainer._train_epoch()
-    changed = (trainer.model.table.weight != before).any(dim=1)
-    touched = trainer.table_optimizer.second > 0
+    changed = (table != before).any(dim=1)
+    (second,) = trainer.table_optimizer.second
+    touched = second > 0
     assert torch.equal(changed, touched) and 0 < int(touched.sum()) < len(touched)
+
+
+@pytest.mark.parametrize("settings", [{}, {"feature_width": "auto"}, {"hash_rows": [7, 5]}], ids=str)
+def test_the_padding_row_stays_zero(tmp_path, settings):
+    trainer = make_trainer(tmp_path, l2_emb=0.1, learning_rate=0.1, **settings)
+    trainer.fit()
+    assert (trainer.store.item_single == 0).any()  # rows that it stands for were in the batches
+    first = trainer.model.table.parts[0]
+    assert (first[0] == 0).all() and (first[1:] != 0).any(dim=1).all() and float(trainer.table_optimizer.second[0][0]) == 0
+
+
+@pytest.mark.parametrize("settings", [{"hash_rows": [17, 13]}, {"feature_width": "auto"}], ids=str)
+def test_hashed_and_narrow_tables_learn(tmp_path, settings):
+    """30 items in 17 + 13 rows, of which no two share both."""
+    store = tiny_store(sequences=[[(start + i) % 30 + 1 for i in range(12)] for start in range(30)] * 2, num_items=30)
+    trainer = make_trainer(tmp_path, store=store, num_epochs=30, learning_rate=1e-2, dropout_rate=0.0, remove_seen=False, **settings)
+    assert len(trainer.layout.fields) == 5 + ("hash_rows" in settings)
+    fields = [f for f in trainer.layout.fields if f.hash]
+    assert not fields or len(set(zip(*(hashed_rows(np.arange(1, 31), f).tolist() for f in fields)))) == 30
+    before = trainer.evaluate(trainer.splits.valid)["ndcg@10"]
+    trainer.fit()
+    losses = list(losses_of(tmp_path).values())
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    assert trainer.evaluate(trainer.splits.valid)["ndcg@10"] > before + 0.3
+
+
+def test_a_checkpoint_of_another_table_is_refused(tmp_path):
+    make_trainer(tmp_path / "a", hash_rows=[7, 5]).fit()
+    start = checkpoints.newest_valid(tmp_path / "a")
+    others = [
+        ({}, r"hash_rows: \[7, 5\] there, \[\] here"),
+        ({"hash_rows": [7, 6]}, r"hash_rows: \[7, 5\] there, \[7, 6\] here"),
+        ({"hash_rows": [7, 5], "feature_width": "auto"}, "feature_width: same there, auto here"),
+    ]
+    for settings, words in others:
+        with pytest.raises(UserError, match=words):
+            make_trainer(tmp_path / "b", resume_from=start, **settings).fit()
 
 
 def test_loss_of_a_fresh_model_is_log_of_candidates(tmp_path):

@@ -1,0 +1,310 @@
+"""Compiled loops of the loader's thread: sorting of bounded keys, a side's bags, tokens and negatives of a batch. Owns no data, knows no store.
+
+Numba compiles them, once a machine, and keeps the code on disk. Where it cannot be imported, `compiled()` is None and the callers take
+their numpy way, with bit-identical results. The loops run without the interpreter's lock, so the training thread goes on beside them.
+
+Legend: Z keys, R unique rows, M things (items or users), F fields, C columns, B users of a batch, N tokens, K negatives a token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+ENABLED = True  # False: callers take the numpy way, for tests; NUMBA_DISABLE_JIT=1 does it for a process
+LIST, ID = -2, -1  # in place of a column's number: the field is filled elsewhere; the field's value is the id
+
+_PLACE = 0xFFFFFFFF
+_BLOCK = 256  # things whose values are read at once: field by field, while they are near
+_GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)  # beside uint64, numba turns a plain integer into a float
+
+
+class Kernels(NamedTuple):
+    """The compiled functions; each takes contiguous arrays of exactly the types in `_SIGNATURES`."""
+
+    distinct: Callable
+    field_rows: Callable
+    side_inputs: Callable
+    window_tokens: Callable
+    draw_negatives: Callable
+
+
+def compiled(wait: bool = False) -> Kernels | None:
+    """The kernels, or None: there is no numba, or they are not ready.
+
+    The first call starts a thread that imports numba and reads the compiled code (0.5 s together, 20 MB), or makes it (6 s, once a
+    machine). Meanwhile callers take the numpy way, so no batch waits. wait: return when it is done, for tests and measurements.
+    """
+    global _thread
+    if not ENABLED:
+        return None
+    with _lock:
+        if _thread is None:
+            _thread = threading.Thread(target=_load, name="kernels")  # no daemon: a process that ends inside LLVM may crash
+            _thread.start()
+    if wait:
+        _thread.join()
+    return _kernels
+
+
+def contiguous(array: np.ndarray, dtype: type) -> np.ndarray:
+    """The array as kernels take it: itself, where it or its memory map is in order and of that type."""
+    return np.ascontiguousarray(array, dtype)
+
+
+def scratch(name: str, num: int, dtype: type) -> np.ndarray:
+    """(num,) of any content; the same memory at each call with that name in this thread, up to 16 MB.
+
+    New memory costs a page fault every 4 KB: 1.8 ms of a batch's 1.4 MB of keys, which are filled in 0.7 ms.
+    """
+    kept = getattr(_scratch, name, None)
+    if kept is None or len(kept) < num:
+        kept = np.empty(num + num // 4, dtype)
+        if kept.nbytes <= 16 << 20:
+            setattr(_scratch, name, kept)
+    return kept[:num]
+
+
+# ---- loops: plain Python that numba compiles ------------------------------------------------------------------------------
+
+
+def _sorted_pairs(keys, size, pairs, other):
+    """Stable radix sort of keys (Z,) int32 in [0, size): key << 32 | place, ascending, in one of the two (>= Z,) int64 scratch arrays."""
+    num, last, ascending = len(keys), 0, True
+    for place in range(num):
+        key = np.int64(keys[place])
+        pairs[place] = key << 32 | place
+        ascending &= key >= last
+        last = key
+    if ascending:  # a batch's item ids are
+        return pairs
+    bits, widest = 1, 5
+    while size - 1 >> bits:
+        bits += 1
+    while num >> widest and widest < 13:  # few keys: a small histogram, so that 128 users do not pay for 2**13 counts
+        widest += 1
+    passes = -(-bits // widest)
+    digit = -(-bits // passes)
+    ends = np.empty(1 << digit, np.int32)
+    for shift in range(32, 32 + bits, digit):
+        ends[:] = 0
+        for i in range(num):
+            ends[pairs[i] >> shift & (1 << digit) - 1] += 1
+        total = 0
+        for d in range(len(ends)):
+            total, ends[d] = total + ends[d], total
+        for i in range(num):
+            d = pairs[i] >> shift & (1 << digit) - 1
+            other[ends[d]] = pairs[i]
+            ends[d] += 1
+        pairs, other = other, pairs
+    return pairs
+
+
+def _distinct(keys, size):
+    """columns.distinct: unique keys but 0 (R,) int32, starts (R,) int64, places (Z',) int64, rank (Z,) int32."""
+    num = len(keys)
+    pairs = _sorted_pairs(keys, size, np.empty(num, np.int64), np.empty(num, np.int64))
+    unique, starts = np.empty(num, np.int32), np.empty(num, np.int64)
+    places, rank = np.empty(num, np.int64), np.empty(num, np.int32)
+    found, uses, last = 0, 0, 0
+    for i in range(num):
+        key, place = pairs[i] >> 32, pairs[i] & _PLACE
+        if key != last:
+            unique[found], starts[found], last = key, uses, key
+            found += 1
+        rank[place] = found
+        if key:
+            places[uses] = place
+            uses += 1
+    return unique[:found].copy(), starts[:found].copy(), places[:uses], rank
+
+
+def _mix(state, word):
+    """One word more of dataset.counter_hash, all uint64."""
+    state = (state ^ word) + _GOLDEN
+    state = (state ^ (state >> _30)) * _FIRST
+    state = (state ^ (state >> _27)) * _SECOND
+    return state ^ (state >> _31)
+
+
+def _field_rows(single, places, ids, columns, limits, sizes, hashes, begin, keys):
+    """Fills keys[begin[f] : begin[f] + M] with field f's rows of M things, 0 where the value is not in 1..limits[f]; skips lists.
+
+    single: (num, C) int32, places: (M,) int64 rows of it, ids: (M,) int64. columns (F,): of `single`, or ID, or LIST. hashes (F,) uint64:
+    state of the field's hash function, 0 = its rows are its values.
+    """
+    for i in range(len(places)):
+        if places[i] < 0 or places[i] >= len(single):
+            raise IndexError("a thing is not in the store")
+    for block in range(0, len(places), _BLOCK):
+        things = range(block, min(block + _BLOCK, len(places)))
+        for f in range(len(columns)):
+            column, limit, to = columns[f], limits[f], keys[begin[f] : begin[f + 1]]
+            if column == LIST:
+                continue
+            for i in things:  # no branch: which values are missing is not to be foretold
+                value = ids[i] if column == ID else np.int64(single[places[i], column])
+                to[i] = value if (value >= 1) & (value <= limit) else 0
+            if hashes[f]:
+                for i in things:
+                    if to[i]:
+                        to[i] = 1 + np.int64(_mix(hashes[f], np.uint64(to[i])) % np.uint64(sizes[f]))
+
+
+def _side_inputs(keys, begin, sizes, offsets, counts, num, transposed, scratch):
+    """Unique rows and bags of M = num things (features.SideInputs).
+
+    keys: (Z,) int32 rows 1..sizes[f] or 0 of field f at begin[f]:begin[f + 1], thing by thing. offsets (F,): the fields' first rows.
+    counts: (F, M) int32 keys of each thing, or (0, M) where each has one of each field. scratch: (>= 4 Z + 4,) int64.
+    Returns rows (R,) int64, bounds (F + 1,) int64, index (Z,) int32, bags (M + 1,) int32, weights (Z,) float32, things (Z',) int32,
+    starts (R + 1,) int32, thing_weights (Z',) float32; weights are empty without counts, the last three unless transposed.
+    """
+    num_fields, lists = len(sizes), len(counts) > 0
+    longest = 0
+    for f in range(num_fields):
+        longest = max(longest, begin[f + 1] - begin[f])
+    pairs, other = scratch[:longest], scratch[longest : 2 * longest]
+    owner, slot = np.empty(longest if lists else 0, np.int32), np.empty(longest if lists else 0, np.int32)
+    rows, starts = scratch[2 * longest :][: len(keys) + 2], scratch[2 * longest + len(keys) + 2 :]  # used as far as there are rows
+    bounds, index = np.empty(num_fields + 1, np.int64), np.empty(len(keys), np.int32)
+    weights, bags = np.empty(len(keys) if lists else 0, np.float32), np.empty(num + 1, np.int32)
+    things = np.empty(len(keys) if transposed else 0, np.int32)
+    thing_weights = np.empty(len(keys) if transposed and lists else 0, np.float32)
+    bags[0] = 0
+    for m in range(num):
+        values = num_fields
+        if lists:
+            values = 0
+            for f in range(num_fields):
+                values += counts[f, m]
+        bags[m + 1] = bags[m] + values
+    cursor = bags[:num].copy() if lists else bags[:0]  # the next free place of each thing's bag
+    found, uses = 0, 0
+    rows[0], bounds[0] = 0, 1
+    starts[:2] = 0
+    for f in range(num_fields):
+        if lists:
+            z = 0
+            for m in range(num):
+                weight = np.float32(1.0 / max(counts[f, m], 1))
+                for _ in range(counts[f, m]):
+                    owner[z], slot[z], weights[cursor[m]] = m, cursor[m], weight
+                    cursor[m] += 1
+                    z += 1
+        last = 0
+        ordered = _sorted_pairs(keys[begin[f] : begin[f + 1]], sizes[f] + 1, pairs, other)
+        for i in range(begin[f + 1] - begin[f]):
+            key, place = ordered[i] >> 32, ordered[i] & _PLACE
+            thing, at = (owner[place], slot[place]) if lists else (place, place * num_fields + f)
+            if not key:
+                index[at] = 0
+                continue
+            found += key != last  # not a branch: whether a key is new is not to be foretold
+            last, rows[found], index[at] = key, offsets[f] + key, found
+            if transposed:
+                things[uses] = thing
+                if lists:
+                    thing_weights[uses] = weights[at]
+                uses += 1
+                starts[found + 1] = uses
+        bounds[f + 1] = found + 1
+    ends = starts[: found + 2].astype(np.int32)
+    return rows[: found + 1].copy(), bounds, index, bags, weights, things[:uses], ends, thing_weights[:uses]
+
+
+def _window_tokens(begin, end, most, item_ids, action_types, timestamps):
+    """Tokens of B users: of each the last `most` events of begin:end as targets, each predicted from the event before it.
+
+    Returns lengths (B,), and (N,) each: owner, positions, items, targets, actions, times (dataset.Batch; items are ids), all int64.
+    """
+    lengths = np.minimum(end - begin, most)
+    num = lengths.sum()
+    owner, positions, items = np.empty(num, np.int64), np.empty(num, np.int64), np.zeros(num, np.int64)
+    targets, actions, times = np.empty(num, np.int64), np.zeros(num, np.int64), np.zeros(num, np.int64)
+    token = 0
+    for user in range(len(begin)):
+        first = end[user] - lengths[user]
+        for event in range(first, end[user]):
+            owner[token], positions[token], targets[token] = user, event - first, item_ids[event]
+            if event > first:  # else it is the user token
+                items[token], actions[token], times[token] = item_ids[event - 1], action_types[event - 1] + 1, timestamps[event - 1]
+            token += 1
+    return lengths, owner, positions, items, targets, actions, times
+
+
+def _draw_negatives(item_ids, begin, end, owner, positions, samples, num_negatives, num_items, state, max_draws):
+    """dataset.uniform_negatives: (N, K) int64. state: uint64 hash of (seed, epoch). A user's events are item_ids[begin:end], unsorted.
+
+    Looking through all of them is quicker than a binary search: 100 events compare in 10 ns, 16 at once.
+    """
+    drawn = np.empty((len(owner), num_negatives), np.int64)
+    for token in range(len(owner)):
+        user = owner[token]
+        of_token = _mix(_mix(state, np.uint64(samples[user])), np.uint64(positions[token]))
+        for k in range(num_negatives):
+            of_negative = _mix(of_token, np.uint64(k))
+            for draw in range(max_draws):
+                item = 1 + np.int64(_mix(of_negative, np.uint64(draw)) % np.uint64(num_items))
+                seen = False
+                for event in range(begin[user], end[user]):
+                    seen |= item_ids[event] == np.int32(item)
+                if not seen:
+                    break
+            drawn[token, k] = item
+    return drawn
+
+
+# ---- compilation ------------------------------------------------------------------------------------------------------------
+
+# Given, so that reading the compiled code is all that a process does. I: an array that is written to; the others are read-only there.
+_SIGNATURES = {
+    _distinct: "i4[:] i8",
+    _field_rows: "i4[:,:] i8[:] i8[:] i8[:] i8[:] i8[:] u8[:] i8[:] I4[:]",
+    _side_inputs: "i4[:] i8[:] i8[:] i8[:] i4[:,:] i8 b I8[:]",
+    _window_tokens: "i8[:] i8[:] i8 i4[:] i1[:] i8[:]",
+    _draw_negatives: "i4[:] i8[:] i8[:] i8[:] i8[:] i8[:] i8 i8 u8 i8",
+}
+_lock = threading.Lock()
+_scratch = threading.local()
+_thread: threading.Thread | None = None
+_kernels: Kernels | None = None
+
+
+def _load() -> None:
+    global _kernels
+    try:
+        import numba
+        from numba.extending import register_jitable
+    except ImportError:  # not installed, or older than the numpy here
+        return
+    if numba.config.DISABLE_JIT:  # the loops as they stand would take minutes a batch
+        return
+    for inner in (_sorted_pairs, _mix):
+        register_jitable(inner)
+    _kernels = Kernels(*(_compile(numba, function, text) for function, text in _SIGNATURES.items()))
+
+
+def _compile(numba, function: Callable, text: str) -> Callable:
+    types = {
+        "i1": numba.int8,
+        "i4": numba.int32,
+        "i8": numba.int64,
+        "I4": numba.int32,
+        "I8": numba.int64,
+        "u8": numba.uint64,
+        "b": numba.boolean,
+    }
+    arguments = []
+    for word in text.split():
+        dtype, brackets, axes = word.partition("[")
+        array = numba.types.Array(types[dtype], axes.count(":"), "C", readonly=dtype[0] != "I") if brackets else types[dtype]
+        arguments.append(array)
+    try:
+        return numba.njit(tuple(arguments), nogil=True, cache=True)(function)
+    except (RuntimeError, OSError):  # no folder that can be written, or a full disk: compiled again in each process
+        return numba.njit(tuple(arguments), nogil=True)(function)
