@@ -30,7 +30,7 @@ from retrieval import prepare_catalogue
 from sizes import counting_bytes, map_bytes, ranking_bytes, recent_bytes, successor_bytes, table_bytes
 from trainer import AUTOCAST, Trainer, TrainingLoss
 
-STEPS = 4  # updates that are followed: the heap's holes settle after two or three
+STEPS = 6  # updates that are followed: most of the holes in the heap are there by then
 WHOLE_CATALOGUE = 200_000  # items whose features are gathered for real; of more (full softmax) so many stand for all
 LOOKED_AT = 256  # batches among which the largest are sought
 ARENA_BYTES = 64 << 20  # of a thread; larger blocks glibc maps, and gives back
@@ -168,7 +168,8 @@ def estimate_run(config: Config, open_data: Callable[[], Data], device: torch.de
         _lighten(trainer, shadows)
         training, parts = _follow_training(trainer, shadows)
         with shadows.blocks(parts.get(KERNELS, 0)):
-            phases = [training, _follow_save(trainer, shadows, parts), _follow_evaluation(trainer, shadows)]
+            phases = [training, _follow_evaluation(trainer, shadows, data.splits.valid, "validation")]
+            phases += [_follow_save(trainer, shadows, parts), _follow_evaluation(trainer, shadows, data.splits.test, "test")]
             phases += [_follow_baselines(trainer, shadows)] if config.eval.baselines else []
     phases = [phase._replace(memory=phase.memory + runtime) for phase in phases]
     return Estimate(
@@ -323,10 +324,9 @@ def _follow_save(trainer: Trainer, shadows: Footprint, parts: dict[str, int]) ->
 
 
 @torch.no_grad()
-def _follow_evaluation(trainer: Trainer, shadows: Footprint) -> Phase:
+def _follow_evaluation(trainer: Trainer, shadows: Footprint, split: Split, name: str) -> Phase:
     """All candidates encoded, then the batch with the longest users ranked."""
     config, device = trainer.config, trainer.device
-    split = max((trainer.splits.valid, trainer.splits.test), key=lambda split: split.num_samples)
     shadows.mark()
     ranker: Ranker = trainer._ranker()
     trainer.model.eval()
@@ -345,7 +345,7 @@ def _follow_evaluation(trainer: Trainer, shadows: Footprint) -> Phase:
         with shadows.blocks(*ranking_bytes(len(ids), len(longest), catalogue.low is not None, device.type), device=device.type):
             pass
         ranker._target_losses(query, encoded, split.take(longest))
-    return Phase("evaluation", shadows.peak, shadows.cuda_peak)
+    return Phase(name, shadows.peak, shadows.cuda_peak)
 
 
 def _evaluation_batch(trainer: Trainer, split: Split, samples: np.ndarray) -> tuple:
@@ -415,7 +415,7 @@ def _remedies(config: Config, data: Data, parts: dict[str, int], phases: list[Ph
         add(f"batch_size to {batch}", (parts[ACTIVATIONS] + parts[BATCHES]) / 2, "training")
     add("prefetch_batches to 1", parts[BATCHES] / 2, "training")
     if ranked:
-        add(f"eval_batch_size to {ranked}", (peaks["evaluation"] - peaks["checkpoint"]) / 2, "evaluation")
+        add(f"eval_batch_size to {ranked}", (peaks["test"] - peaks["checkpoint"]) / 2, "validation", "test")
     add("baselines to false", peak, "baselines")
     return tuple(sorted(found, key=lambda remedy: -remedy.saving))
 

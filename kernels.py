@@ -159,62 +159,73 @@ def _field_rows(single, places, ids, columns, limits, sizes, hashes, begin, keys
 def _side_inputs(keys, begin, sizes, offsets, counts, num, transposed, scratch):
     """Unique rows and bags of M = num things (features.SideInputs).
 
-    keys: (Z,) int32 rows 1..sizes[f] or 0 of field f at begin[f]:begin[f + 1], thing by thing. offsets (F,): the fields' first rows.
-    counts: (F, M) int32 keys of each thing, or (0, M) where each has one of each field. scratch: (>= 4 Z + 4,) int64.
+    keys: (Z,) int32 rows 1..sizes[f] or 0 of field f at begin[f]:begin[f + 1], thing by thing; overwritten. offsets (F,): before each
+    field's first row. counts: (F, M) int32 keys of each thing, or (0, M) where each has one of each field. scratch: (>= 4 Z + 4,) int64.
     Returns rows (R,) int64, bounds (F + 1,) int64, index (Z,) int32, bags (M + 1,) int32, weights (Z,) float32, things (Z',) int32,
-    starts (R + 1,) int32, thing_weights (Z',) float32; weights are empty without counts, the last three unless transposed.
+    starts (R + 1,) int32, thing_weights (Z',) float32; weights are empty without counts, the last three are unless transposed.
     """
-    num_fields, lists = len(sizes), len(counts) > 0
-    longest = 0
+    num_fields, lists, longest = len(sizes), len(counts) > 0, 0
     for f in range(num_fields):
         longest = max(longest, begin[f + 1] - begin[f])
     pairs, other = scratch[:longest], scratch[longest : 2 * longest]
-    owner, slot = np.empty(longest if lists else 0, np.int32), np.empty(longest if lists else 0, np.int32)
     rows, starts = scratch[2 * longest :][: len(keys) + 2], scratch[2 * longest + len(keys) + 2 :]  # used as far as there are rows
-    bounds, index = np.empty(num_fields + 1, np.int64), np.empty(len(keys), np.int32)
-    weights, bags = np.empty(len(keys) if lists else 0, np.float32), np.empty(num + 1, np.int32)
+    bounds, owner = np.empty(num_fields + 1, np.int64), np.empty(longest if lists else 0, np.int32)
     things = np.empty(len(keys) if transposed else 0, np.int32)
     thing_weights = np.empty(len(keys) if transposed and lists else 0, np.float32)
-    bags[0] = 0
-    for m in range(num):
-        values = num_fields
-        if lists:
-            values = 0
-            for f in range(num_fields):
-                values += counts[f, m]
-        bags[m + 1] = bags[m] + values
-    cursor = bags[:num].copy() if lists else bags[:0]  # the next free place of each thing's bag
     found, uses = 0, 0
     rows[0], bounds[0] = 0, 1
     starts[:2] = 0
     for f in range(num_fields):
+        of_field = keys[begin[f] : begin[f + 1]]
+        ordered = _sorted_pairs(of_field, sizes[f] + 1, pairs, other)
         if lists:
-            z = 0
-            for m in range(num):
-                weight = np.float32(1.0 / max(counts[f, m], 1))
-                for _ in range(counts[f, m]):
-                    owner[z], slot[z], weights[cursor[m]] = m, cursor[m], weight
-                    cursor[m] += 1
-                    z += 1
+            _owners(counts[f], owner)
         last = 0
-        ordered = _sorted_pairs(keys[begin[f] : begin[f + 1]], sizes[f] + 1, pairs, other)
-        for i in range(begin[f + 1] - begin[f]):
+        for i in range(len(of_field)):
             key, place = ordered[i] >> 32, ordered[i] & _PLACE
-            thing, at = (owner[place], slot[place]) if lists else (place, place * num_fields + f)
             if not key:
-                index[at] = 0
                 continue
-            found += key != last  # not a branch: whether a key is new is not to be foretold
-            last, rows[found], index[at] = key, offsets[f] + key, found
+            found += key != last  # no branch: whether a key is new is not to be foretold
+            last, rows[found], of_field[place] = key, offsets[f] + key, found
             if transposed:
+                thing = owner[place] if lists else place
                 things[uses] = thing
                 if lists:
-                    thing_weights[uses] = weights[at]
+                    thing_weights[uses] = 1.0 / counts[f, thing]
                 uses += 1
                 starts[found + 1] = uses
         bounds[f + 1] = found + 1
-    ends = starts[: found + 2].astype(np.int32)
-    return rows[: found + 1].copy(), bounds, index, bags, weights, things[:uses], ends, thing_weights[:uses]
+    index, bags, weights = _by_thing(keys, begin, counts, num)
+    return rows[: found + 1].copy(), bounds, index, bags, weights, things[:uses], starts[: found + 2].astype(np.int32), thing_weights[:uses]
+
+
+def _owners(counts, owner):
+    """owner[z]: the thing of a field's key z, for counts (M,)."""
+    z = 0
+    for thing in range(len(counts)):
+        for _ in range(counts[thing]):
+            owner[z] = thing
+            z += 1
+
+
+def _by_thing(keys, begin, counts, num):
+    """Keys of one field after another, thing by thing: index (Z,) int32, bags (M + 1,) int32, weights (Z,) float32, empty without counts."""
+    num_fields, lists = len(begin) - 1, len(counts) > 0
+    index, bags, weights = np.empty(len(keys), np.int32), np.empty(num + 1, np.int32), np.empty(len(keys) if lists else 0, np.float32)
+    at, ahead = 0, begin.copy()
+    bags[0] = 0
+    for thing in range(num):
+        for f in range(num_fields):
+            if not lists:
+                index[at] = keys[begin[f] + thing]
+                at += 1
+                continue
+            for _ in range(counts[f, thing]):
+                index[at], weights[at] = keys[ahead[f]], 1.0 / counts[f, thing]
+                ahead[f] += 1
+                at += 1
+        bags[thing + 1] = at
+    return index, bags, weights
 
 
 def _window_tokens(begin, end, most, item_ids, action_types, timestamps):
@@ -265,7 +276,7 @@ def _draw_negatives(item_ids, begin, end, owner, positions, samples, num_negativ
 _SIGNATURES = {
     _distinct: "i4[:] i8",
     _field_rows: "i4[:,:] i8[:] i8[:] i8[:] i8[:] i8[:] u8[:] i8[:] I4[:]",
-    _side_inputs: "i4[:] i8[:] i8[:] i8[:] i4[:,:] i8 b I8[:]",
+    _side_inputs: "I4[:] i8[:] i8[:] i8[:] i4[:,:] i8 b I8[:]",
     _window_tokens: "i8[:] i8[:] i8 i4[:] i1[:] i8[:]",
     _draw_negatives: "i4[:] i8[:] i8[:] i8[:] i8[:] i8[:] i8 i8 u8 i8",
 }
@@ -284,7 +295,7 @@ def _load() -> None:
         return
     if numba.config.DISABLE_JIT:  # the loops as they stand would take minutes a batch
         return
-    for inner in (_sorted_pairs, _mix):
+    for inner in (_sorted_pairs, _mix, _owners, _by_thing):
         register_jitable(inner)
     _kernels = Kernels(*(_compile(numba, function, text) for function, text in _SIGNATURES.items()))
 

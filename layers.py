@@ -8,6 +8,7 @@ Legend: B users, T tokens of the longest user, N valid tokens of all users, D wi
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -102,14 +103,16 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, packing: Packing, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, length, width = packing.num_users, packing.max_length, x.shape[1]
         grid = packing.pad(self.qkv(x))  # (B, T, 3 D)
-        if grid.device.type == "cpu" and grid.dtype == torch.bfloat16:
-            grid = grid.float()  # torch's bfloat16 kernel for CPU takes four times as long backward as the float32 one
         # Three views: the gradients of one (3, B, H, T, D / H) tensor would be filled up with zeros, stacked and copied back.
         query, key, value = (part.view(batch, length, self.num_heads, -1).transpose(1, 2) for part in grid.chunk(3, dim=-1))
         if cos_sin is not None:
             query, key = rotate(query, cos_sin), rotate(key, cos_sin)
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)  # (B, H, T, D / H)
+        # On CPU in float32 even under autocast: torch's bfloat16 kernel takes four times as long backward there.
+        with torch.autocast("cpu", enabled=False) if grid.device.type == "cpu" else nullcontext():
+            if grid.device.type == "cpu":
+                query, key, value = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key, value))
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)  # (B, H, T, D / H)
         return self.out(packing.pack(mixed.transpose(1, 2).reshape(batch, length, width)))
 
 

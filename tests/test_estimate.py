@@ -270,10 +270,10 @@ def test_remedies_lower_the_phase_that_is_the_peak() -> None:
     layout = TableLayout.from_store(store, config.model)
     whole = estimate.table_bytes(layout)
     parts = {estimate.TABLE: whole, estimate.TABLE_STATE: 2 * whole, estimate.ACTIVATIONS: 4000 * MIB, estimate.BATCHES: 0}
-    phases = [Phase("training", 5000 * MIB), Phase("checkpoint", 900 * MIB), Phase("evaluation", 1000 * MIB), Phase("baselines", 800 * MIB)]
+    phases = [Phase("training", 5000 * MIB), Phase("validation", 1000 * MIB), Phase("checkpoint", 900 * MIB), Phase("test", 1000 * MIB)]
     opened = SimpleNamespace(store=store, layout=layout)
     assert estimate._remedies(config, opened, parts, phases)[0] == Remedy("batch_size to 2", 2000 * MIB)
-    phases[2] = Phase("evaluation", 6000 * MIB)  # then a smaller training batch is of no use
+    phases[1], phases[3] = Phase("validation", 6000 * MIB), Phase("test", 6000 * MIB)  # then a smaller training batch is of no use
     found = estimate._remedies(config, opened, parts, phases)
     assert found[0] == Remedy("eval_batch_size to 2", 1000 * MIB)  # down to training's 5,000
     assert not any(remedy.setting.startswith("batch_size") for remedy in found)
