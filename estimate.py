@@ -249,16 +249,18 @@ def _enlarged(tree, many: int, wanted: int):
 
 def _follow_training(trainer: Trainer, shadows: Footprint) -> tuple[Phase, dict[str, int]]:
     """The peak over some batches, the largest among them, and what it consists of."""
-    batch_bytes, ahead = 0, []
+    batch_bytes, ahead, before = 0, [], None
     trainer.order.start_epoch(0)
     trainer.model.train()
     shadows.mark()
     for number in _some_batches(trainer):
         built, scratch = _built(trainer, number)
-        batch_bytes = max(batch_bytes, tensor_bytes(built))
-        ahead = _ahead(trainer, batch_bytes, scratch, trainer.order.num_batches)
+        if before is not None:  # what batches share, such as the features of the whole catalogue, is there once
+            batch_bytes = max(batch_bytes, tensor_bytes((built, before)) - tensor_bytes(before))
+            ahead = _ahead(trainer, batch_bytes, scratch, trainer.order.num_batches)
         with _loaders(shadows, ahead):
             trainer._update(*move(built, trainer.device))
+        before = built
     model, parts = trainer.model, {}
     parts[TABLE] = tensor_bytes(list(model.table.parameters()))
     parts[TABLE_STATE] = tensor_bytes(trainer.table_optimizer.state_dict())
@@ -266,7 +268,7 @@ def _follow_training(trainer: Trainer, shadows: Footprint) -> tuple[Phase, dict[
     parts[DENSE_STATE] = tensor_bytes(trainer.optimizer.state_dict())
     cuda = trainer.device.type == "cuda"
     parts[ACTIVATIONS] = (shadows.cuda_peak if cuda else shadows.live_peak - sum(ahead)) - sum(parts.values())
-    parts[BATCHES] = sum(ahead) + batch_bytes
+    parts[BATCHES] = sum(ahead) + tensor_bytes(before)
     if shadows.products and not cuda:
         shapes = len(shadows.products) * trainer.total_steps / min(STEPS, trainer.total_steps)
         parts[KERNELS] = int(min(shapes, MOST_KERNELS)) * KERNEL_BYTES

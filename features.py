@@ -296,11 +296,15 @@ def _compiled_inputs(
     lists = {number: multi[field.name].gather(places) for number, field in enumerate(fields.all) if field.kind == "multi"}
     begin = offsets_of(np.array([len(lists[number][0]) if number in lists else num for number in range(len(fields.all))], dtype=np.int64))
     keys = kernels.scratch("keys", int(begin[-1]), np.int32)
-    ids, at = kernels.contiguous(ids, np.int64), kernels.contiguous(places, np.int64)
-    fast.field_rows(kernels.contiguous(single, np.int32), at, ids, *fields.constants, begin, keys)
+    if num and not 0 <= places.min() <= places.max() < len(single):
+        raise IndexError(f"rows {places.min()} to {places.max()} of {len(single)}")
+    # Gathered by np.take: a loop over the store's own rows, field by field, takes twice as long as both together.
+    values = kernels.scratch("values", num * single.shape[1], np.int32).reshape(num, single.shape[1])
+    np.take(kernels.contiguous(single, np.int32), places, axis=0, out=values, mode="clip")
+    fast.field_rows(values, kernels.contiguous(ids, np.int64), *fields.constants, begin, keys)
     counts = np.ones((len(fields.all) if lists else 0, num), dtype=np.int32)
-    for number, (values, lengths) in lists.items():
-        keys[begin[number] : begin[number + 1]] = _rows(values, fields.all[number])
+    for number, (of_field, lengths) in lists.items():
+        keys[begin[number] : begin[number + 1]] = _rows(of_field, fields.all[number])
         counts[number] = lengths
     work = kernels.scratch("rows", 4 * len(keys) + 4, np.int64)
     sides = fast.side_inputs(keys, begin, fields.constants[2], fields.offsets, counts, num, transposed, work)

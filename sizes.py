@@ -13,7 +13,7 @@ import numpy as np
 
 from baselines import MAX_QUANTILE_SAMPLE
 from dataset import Split, iterate_events
-from features import TableLayout
+from features import ITEM_ID, USER_ID, TableLayout
 from retrieval import CPU_BLOCK, CUDA_BLOCK, MAX_GROUP, MAXIMA_BYTES, SUSPECTS
 from schema import Schema
 from store_files import array_bytes
@@ -74,6 +74,19 @@ def map_bytes(store, embeddings: tuple[str, ...]) -> dict[str, int]:
 def table_bytes(layout: TableLayout) -> int:
     """Of the joint table, float32."""
     return sum(4 * (part.end - part.begin) * part.width for part in layout.parts)
+
+
+def layout_of(schema: Schema, config, *, users: int, items: int, cardinalities: dict[str, int] | None = None) -> TableLayout:
+    """The joint table of a data set of this shape. config: the model group of the settings.
+
+    cardinalities: {feature id: values} where they are not the schema's.
+    """
+    known = {feature.id: feature.cardinality for feature in schema.features} | (cardinalities or {})
+    sizes = [(ITEM_ID, "item", "single", items)]
+    for side in ("item", "user"):
+        sizes += [(USER_ID, "user", "single", users)] if side == "user" and config.user_id else []
+        sizes += [(f.id, side, kind, known[f.id]) for kind in ("single", "multi") for f in schema.select(side, kind)]
+    return TableLayout.from_sizes(sizes, config)
 
 
 def store_bytes(

@@ -19,7 +19,7 @@ from embedding import JointTable
 from features import TableLayout
 from retrieval import prepare_catalogue, topk_exact
 from schema import TENCENT_GR
-from sizes import counting_bytes, map_bytes, ranking_bytes, recent_bytes, store_bytes, successor_bytes, table_bytes
+from sizes import counting_bytes, layout_of, map_bytes, ranking_bytes, recent_bytes, store_bytes, successor_bytes, table_bytes
 from store import open_store
 from synthetic import generate
 
@@ -114,6 +114,15 @@ def test_table(settings: dict) -> None:
     layout = TableLayout.from_store(tiny_store(), ModelConfig(**settings))
     table = JointTable(layout, 0.02)
     assert table_bytes(layout) == sum(parameter.nbytes for parameter in table.parameters())
+
+
+@pytest.mark.parametrize("settings", [{}, {"hash_rows": (7, 5), "user_id": True}, {"feature_width": "auto"}])
+def test_layout_of_a_shape(settings: dict) -> None:
+    store, config = tiny_store(), ModelConfig(**settings)
+    expected = TableLayout.from_store(store, config)
+    shape = {"users": store.num_users, "items": store.num_items}
+    assert layout_of(store.schema, config, **shape, cardinalities=store.cardinalities) == expected
+    assert layout_of(TENCENT_GR, ModelConfig(), users=5, items=7).num_rows == 1 + 7 + sum(f.cardinality for f in TENCENT_GR.features)
 
 
 def test_store_of_a_shape(tmp_path: Path) -> None:
