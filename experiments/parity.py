@@ -78,7 +78,7 @@ def prepare(args: argparse.Namespace) -> Setup:
     flags = ["--config", str(ROOT / "configs" / "baseline.yaml"), "--data_path", str(data), "--cache_path", str(args.cache)]
     config = load_config(flags, environ={}).config
     # One evaluation, at the end: the reference has none on the way either, and its time must not count as training.
-    config = with_values(config, holdout_fraction=args.holdout_fraction,
+    config = with_values(config, holdout_fraction=getattr(args, "holdout_fraction", 0.1),
                          num_epochs=args.epochs, num_threads=args.threads, device="cpu", eval_every_epochs=args.epochs,
                          tensorboard=False, save_frequency=args.epochs)  # fmt: skip
     embeddings = embeddings_of(config)
