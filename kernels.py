@@ -1,6 +1,4 @@
-"""Compiled loops of the loader's thread: sorting of bounded keys, a side's bags, tokens and negatives of a batch.
-
-Owns no data and knows no store.
+"""Compiled loops of the loader's thread: sorting of bounded keys, a side's bags, tokens and negatives of a batch. Owns no data, knows no store.
 
 Numba compiles them, once a machine, and keeps the code on disk. Where it cannot be imported, `compiled()` is None and the callers take
 their numpy way, with bit-identical results. The loops run without the interpreter's lock, so the training thread goes on beside them.
@@ -21,6 +19,7 @@ LIST, ID = -2, -1  # in place of a column's number: the field is filled elsewher
 
 _PLACE = 0xFFFFFFFF
 _FILTER = 1 << 12  # entries of a user's filter of seen items
+_COUNTED = 1 << 14  # keys below are counted in a table, which stays in a core's cache; others are sorted by radix
 _BLOCK = 256  # things whose values are read at once: field by field, while they are near
 _GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)  # beside uint64, numba turns a plain integer into a float
@@ -168,36 +167,66 @@ def _side_inputs(keys, begin, sizes, offsets, counts, num, transposed, scratch):
     num_fields, lists, longest = len(sizes), len(counts) > 0, 0
     for f in range(num_fields):
         longest = max(longest, begin[f + 1] - begin[f])
-    pairs, other = scratch[:longest], scratch[longest : 2 * longest]
+    pairs = scratch[: 2 * longest]
     rows, starts = scratch[2 * longest :][: len(keys) + 2], scratch[2 * longest + len(keys) + 2 :]  # used as far as there are rows
     bounds, owner = np.empty(num_fields + 1, np.int64), np.empty(longest if lists else 0, np.int32)
     things = np.empty(len(keys) if transposed else 0, np.int32)
     thing_weights = np.empty(len(keys) if transposed and lists else 0, np.float32)
-    found, uses = 0, 0
-    rows[0], bounds[0] = 0, 1
+    rows[0], bounds[0], found = 0, 1, 1
     starts[:2] = 0
     for f in range(num_fields):
-        of_field = keys[begin[f] : begin[f + 1]]
-        ordered = _sorted_pairs(of_field, sizes[f] + 1, pairs, other)
-        if lists:
+        of_field, first = keys[begin[f] : begin[f + 1]], starts[bounds[f]]
+        if sizes[f] < _COUNTED and sizes[f] <= len(of_field):
+            found = _count(of_field, sizes[f], bounds[f], rows, starts, things)
+        else:
+            found = _sort(of_field, sizes[f], bounds[f], rows, starts, things, pairs)
+        rows[bounds[f] : found] += offsets[f]
+        bounds[f + 1] = found
+        if lists and transposed:
             _owners(counts[f], owner)
-        last = 0
-        for i in range(len(of_field)):
-            key, place = ordered[i] >> 32, ordered[i] & _PLACE
-            if not key:
-                continue
-            found += key != last  # no branch: whether a key is new cannot be foretold either
-            last, rows[found], of_field[place] = key, offsets[f] + key, found
-            if transposed:
-                thing = owner[place] if lists else place
-                things[uses] = thing
-                if lists:
-                    thing_weights[uses] = 1.0 / counts[f, thing]
-                uses += 1
-                starts[found + 1] = uses
-        bounds[f + 1] = found + 1
+            for use in range(first, starts[found]):
+                things[use] = owner[things[use]]
+                thing_weights[use] = 1.0 / counts[f, things[use]]
+    uses, ends = starts[found], starts[: found + 1].astype(np.int32)
     index, bags, weights = _by_thing(keys, begin, counts, num)
-    return rows[: found + 1].copy(), bounds, index, bags, weights, things[:uses], starts[: found + 2].astype(np.int32), thing_weights[:uses]
+    return rows[:found].copy(), bounds, index, bags, weights, things[:uses], ends, thing_weights[:uses]
+
+
+def _count(keys, size, found, rows, starts, things):
+    """One field of `_side_inputs` by counting: keys become their rows' numbers, `found` is the first; its rows, starts and places follow."""
+    ends, number = np.zeros(size + 1, np.int64), np.zeros(size + 1, np.int32)
+    for z in range(len(keys)):
+        ends[keys[z]] += 1
+    for key in range(1, size + 1):
+        if ends[key]:
+            rows[found], number[key], starts[found + 1] = key, found, starts[found] + ends[key]
+            ends[key] = starts[found]
+            found += 1
+    for z in range(len(keys)):
+        key = keys[z]
+        keys[z] = number[key]
+        if key and len(things):
+            things[ends[key]] = z
+            ends[key] += 1
+    return found
+
+
+def _sort(keys, size, found, rows, starts, things, pairs):
+    """`_count` where a table of all possible keys would be too large."""
+    ordered = _sorted_pairs(keys, size + 1, pairs[: len(keys)], pairs[len(keys) :])
+    found, last, use = found - 1, 0, starts[found]
+    for i in range(len(keys)):
+        key, place = ordered[i] >> 32, ordered[i] & _PLACE
+        if not key:
+            keys[place] = 0
+            continue
+        found += key != last  # no branch: whether a key is new cannot be foretold either
+        last, rows[found], keys[place] = key, key, found
+        if len(things):
+            things[use] = place
+        use += 1
+        starts[found + 1] = use
+    return found + 1
 
 
 def _owners(counts, owner):
@@ -210,7 +239,7 @@ def _owners(counts, owner):
 
 
 def _by_thing(keys, begin, counts, num):
-    """Keys of one field after another, thing by thing: index (Z,) int32, bags (M + 1,) int32, weights (Z,) or (0,) float32."""
+    """Keys of one field after another, thing by thing: index (Z,) int32, bags (M + 1,) int32, weights (Z,) float32, empty without counts."""
     num_fields, lists = len(begin) - 1, len(counts) > 0
     index, bags, weights = np.empty(len(keys), np.int32), np.empty(num + 1, np.int32), np.empty(len(keys) if lists else 0, np.float32)
     at, ahead = 0, begin.copy()
@@ -299,7 +328,7 @@ def _load() -> None:
         return
     if numba.config.DISABLE_JIT:  # the loops as they stand would take minutes a batch
         return
-    for inner in (_sorted_pairs, _mix, _owners, _by_thing):
+    for inner in (_sorted_pairs, _mix, _count, _sort, _owners, _by_thing):
         register_jitable(inner)
     _kernels = Kernels(*(_compile(numba, function, text) for function, text in _SIGNATURES.items()))
 
