@@ -1,4 +1,6 @@
-"""Compiled loops of the loader's thread: sorting of bounded keys, a side's bags, tokens and negatives of a batch. Owns no data, knows no store.
+"""Compiled loops of the loader's thread: sorting of bounded keys, a side's bags, tokens and negatives of a batch.
+
+Owns no data and knows no store.
 
 Numba compiles them, once a machine, and keeps the code on disk. Where it cannot be imported, `compiled()` is None and the callers take
 their numpy way, with bit-identical results. The loops run without the interpreter's lock, so the training thread goes on beside them.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -126,7 +129,7 @@ def _distinct(keys, size):
     return unique[:found].copy(), starts[:found].copy(), places[:uses], rank
 
 
-def _mix(state, word):
+def mix(state, word):
     """One word more of dataset.counter_hash, all uint64."""
     state = (state ^ word) + _GOLDEN
     state = (state ^ (state >> _30)) * _FIRST
@@ -153,7 +156,7 @@ def _field_rows(single, ids, columns, limits, sizes, hashes, begin, keys):
                 for i in things:
                     if to[i]:
                         value = ids[i] if column == ID else np.int64(single[i, column])
-                        to[i] = 1 + np.int64(_mix(hashes[f], np.uint64(value)) % np.uint64(sizes[f]))
+                        to[i] = 1 + np.int64(mix(hashes[f], np.uint64(value)) % np.uint64(sizes[f]))
 
 
 def _side_inputs(keys, begin, sizes, offsets, counts, num, transposed, scratch):
@@ -292,11 +295,11 @@ def _draw_negatives(item_ids, begin, end, owner, positions, samples, num_negativ
             filled[:] = False
             for item in history:
                 filled[item & _FILTER - 1] = True
-        of_token = _mix(_mix(state, np.uint64(samples[user])), np.uint64(positions[token]))
+        of_token = mix(mix(state, np.uint64(samples[user])), np.uint64(positions[token]))
         for k in range(num_negatives):
-            of_negative = _mix(of_token, np.uint64(k))
+            of_negative = mix(of_token, np.uint64(k))
             for draw in range(max_draws):
-                item = 1 + np.int64(_mix(of_negative, np.uint64(draw)) % np.uint64(num_items))
+                item = 1 + np.int64(mix(of_negative, np.uint64(draw)) % np.uint64(num_items))
                 if not (filled[item & _FILTER - 1] and np.any(history == item)):
                     break
             drawn[token, k] = item
@@ -321,34 +324,46 @@ _kernels: Kernels | None = None
 
 def _load() -> None:
     global _kernels
+    numba = usable_numba()
+    if numba is None:
+        return
+    for inner in (_sorted_pairs, _count, _sort, _owners, _by_thing):
+        numba.extending.register_jitable(inner)
+    _kernels = Kernels(*(compile_loop(numba, function, text) for function, text in _SIGNATURES.items()))
+
+
+@cache
+def usable_numba():
+    """The module, or None where it is not installed, is older than the numpy here, or is told not to compile."""
     try:
         import numba
-        from numba.extending import register_jitable
-    except ImportError:  # not installed, or older than the numpy here
-        return
+        import numba.extending
+    except ImportError:
+        return None
     if numba.config.DISABLE_JIT:  # the loops as they stand would take minutes a batch
-        return
-    for inner in (_sorted_pairs, _mix, _count, _sort, _owners, _by_thing):
-        register_jitable(inner)
-    _kernels = Kernels(*(_compile(numba, function, text) for function, text in _SIGNATURES.items()))
+        return None
+    numba.extending.register_jitable(mix)
+    return numba
 
 
-def _compile(numba, function: Callable, text: str) -> Callable:
+def compile_loop(numba, function: Callable, text: str, fast: bool = False) -> Callable:
+    """The compiled function, kept on disk. text: types of its arguments. fast: sums of floats in any order, so that they run in vectors."""
     types = {
         "i1": numba.int8,
         "i4": numba.int32,
         "i8": numba.int64,
-        "I4": numba.int32,
-        "I8": numba.int64,
         "u8": numba.uint64,
+        "f4": numba.float32,
+        "f8": numba.float64,
         "b": numba.boolean,
     }
     arguments = []
     for word in text.split():
         dtype, brackets, axes = word.partition("[")
-        array = numba.types.Array(types[dtype], axes.count(":"), "C", readonly=dtype[0] != "I") if brackets else types[dtype]
-        arguments.append(array)
+        of_type = types[dtype.lower()]
+        arguments.append(numba.types.Array(of_type, axes.count(":"), "C", readonly=dtype.islower()) if brackets else of_type)
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"} if fast else False}
     try:
-        return numba.njit(tuple(arguments), nogil=True, cache=True)(function)
+        return numba.njit(tuple(arguments), cache=True, **options)(function)
     except (RuntimeError, OSError):  # no folder that can be written, or a full disk: compiled again in each process
-        return numba.njit(tuple(arguments), nogil=True)(function)
+        return numba.njit(tuple(arguments), **options)(function)

@@ -11,11 +11,15 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+import step_kernels
+from parallel import Piece, dropout_generator, replayed, user_pieces
 
 
 class Packing(NamedTuple):
@@ -29,6 +33,17 @@ class Packing(NamedTuple):
     @classmethod
     def from_batch(cls, batch) -> Packing:
         return cls(batch.lengths.shape[0], batch.max_length, batch.owner * batch.max_length + batch.positions, batch.positions)
+
+    @classmethod
+    def in_pieces(cls, batch) -> list[tuple[Piece, Packing]]:
+        """Users [begin, end) in pieces of about as many tokens each: the piece's tokens, and their packing."""
+        found = []
+        for users, tokens in user_pieces(batch.lengths):
+            positions, lengths = batch.positions[tokens.begin : tokens.end], batch.lengths[users.begin : users.end]
+            longest = int(lengths.max())
+            index = (batch.owner[tokens.begin : tokens.end] - users.begin) * longest + positions
+            found.append((tokens, cls(len(lengths), longest, index, positions)))
+        return found
 
     def pad(self, packed: Tensor) -> Tensor:
         """(N, D) -> (B, T, D), zeros in the padding."""
@@ -73,13 +88,43 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        return F.dropout(x, self.rate) if x.is_cuda else _Dropout.apply(x, min(round(self.rate * 2**16), 2**16 - 1))
+        if x.is_cuda:
+            return F.dropout(x, self.rate)
+        cut = min(round(self.rate * 2**16), 2**16 - 1)
+        fast = step_kernels.compiled()
+        return _Dropout.apply(x, cut) if fast is None else _HashDropout.apply(x, cut, fast.dropout)
+
+
+class _HashDropout(torch.autograd.Function):
+    """The mask is a hash of (one draw of the generator, place): it is made again for the backward pass, and never stored."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cut: int, kernel) -> Tensor:
+        state = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=dropout_generator())
+        ctx.arguments = np.uint64(state.item() & (2**64 - 1)), np.uint64(cut), np.float32(2**16 / (2**16 - cut))
+        ctx.kernel = kernel
+        return _HashDropout._masked(ctx, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _HashDropout._masked(ctx, grad), None, None
+
+    @staticmethod
+    def _masked(ctx, x: Tensor) -> Tensor:
+        source = x.detach().contiguous() if x.dtype == torch.float32 else torch.ones(x.shape)
+        out = torch.empty(x.shape)
+        ctx.kernel(source.view(-1).numpy(), out.view(-1).numpy(), *ctx.arguments)
+        return out if x.dtype == torch.float32 else (x * out).to(x.dtype)
 
 
 class _Dropout(torch.autograd.Function):
+    """Without numba."""
+
     @staticmethod
     def forward(ctx, x: Tensor, cut: int) -> Tensor:
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
+        bits = bits.random_(-(2**63), None, generator=dropout_generator()).view(torch.int16)
         # 0 or 1 / (1 - rate) as floats: comparing in place and two plain products take a fifth of the time of a bool mask.
         mask = bits[: x.numel()].view(x.shape).float().ge_(cut - 2**15).mul_(2**16 / (2**16 - cut))
         ctx.save_for_backward(mask)
@@ -171,8 +216,8 @@ class Transformer(nn.Module):
         cos_sin = rotary(packing.max_length, self.rotary_width, x.device) if self.rotary_width else None
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                # The state of the generators is kept by checkpoint, so that dropout repeats itself in the second forward.
-                x = checkpoint(block, x, packing, cos_sin, use_reentrant=False)
+                # The second forward repeats the dropout: checkpoint keeps torch's default generator, `replayed` a piece's own.
+                x = checkpoint(block, x, packing, cos_sin, use_reentrant=False, context_fn=replayed)
             else:
                 x = block(x, packing, cos_sin)
         return self.final_norm(x)

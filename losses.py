@@ -20,10 +20,15 @@ time at C = 12,101, for the casts).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+import step_kernels
+from parallel import Piece, halves, row_pieces, run
 
 CHUNK_ENTRIES = 1 << 19  # logits a chunk on CPU: 2 MB of float32
 MIN_CHUNK = 64  # tokens; thinner products are slower than cache misses
@@ -136,43 +141,58 @@ def _softmax_forward(query, item_emb, target_index, temperature, candidate_index
     share = torch.full((num_tokens,), 1.0, dtype=dtype, device=query.device) if weights is None else weights.detach().to(dtype)
     share = share / share.sum().clamp_min(torch.finfo(dtype).tiny)
     grad_query = torch.empty(num_tokens, query.shape[1], dtype=dtype, device=query.device) if with_grad else None
-    grad_item = torch.zeros_like(items) if with_grad else None
-    grad_candidates = torch.zeros_like(candidates) if with_grad and candidate_index is not None else grad_item
-    buffer = torch.empty(min(chunk, num_tokens), len(candidates), dtype=dtype, device=query.device)
-    loss = torch.zeros((), dtype=dtype, device=query.device)
-    for start in range(0, num_tokens, chunk):
-        part = slice(start, min(start + chunk, num_tokens))
-        scaled = query[part].detach().to(dtype) / temperature  # (n, D)
-        target, weight = target_index[part], share[part]
-        targets = items.index_select(0, target)  # (n, D)
-        logits = torch.mm(scaled, candidates.T, out=buffer[: len(scaled)])  # (n, C)
-        if log_q is not None:
-            logits.sub_(candidate_log_q)
-        own = (scaled * targets).sum(1)  # (n,)
-        if log_q is not None:
-            own -= log_q.index_select(0, target)
-        if own_place is None:
-            top = logits.amax(1)
-            own_exp = 0.0  # among the candidates already
-        else:
-            _hide(logits, own_place[part])
-            top = torch.maximum(logits.amax(1), own)
-            own_exp = (own - top).exp_()
-        exp = logits.sub_(top[:, None]).exp_()
-        total = exp.sum(1) + own_exp
-        loss += torch.dot(total.log() + (top - own), weight)
-        if not with_grad:
-            continue
-        # d loss / d logits = weight (exp / total - onehot); the factors of a row are applied on the D-wide side.
-        factor = (weight / total)[:, None]
-        own_factor = (own_exp * factor[:, 0] - weight)[:, None]
-        grad = torch.mm(exp, candidates).mul_(factor).add_(targets.mul_(own_factor))  # (n, D)
-        torch.div(grad, temperature, out=grad_query[part])
-        grad_candidates.addmm_(exp.T, scaled * factor)
-        grad_item.index_add_(0, target, scaled.mul_(own_factor))
-    if grad_candidates is not grad_item:
-        grad_item.index_add_(0, candidate_index, grad_candidates)
-    return loss, grad_query, grad_item
+    pieces = [Piece(0, num_tokens)] if query.is_cuda else halves(row_pieces(num_tokens))
+
+    def job(piece: Piece) -> tuple[Tensor, Tensor | None]:
+        """The share of one piece of the tokens: (loss, gradient of item_emb); rows of grad_query are filled in."""
+        grad_item = torch.zeros_like(items) if with_grad else None
+        grad_candidates = torch.zeros_like(candidates) if with_grad and candidate_index is not None else grad_item
+        buffer = torch.empty(min(chunk, piece.end - piece.begin), len(candidates), dtype=dtype, device=query.device)
+        loss = torch.zeros((), dtype=dtype, device=query.device)
+        for start in range(piece.begin, piece.end, chunk):
+            part = slice(start, min(start + chunk, piece.end))
+            scaled = query[part].detach().to(dtype) / temperature  # (n, D)
+            target, weight = target_index[part], share[part]
+            targets = items.index_select(0, target)  # (n, D)
+            logits = torch.mm(scaled, candidates.T, out=buffer[: len(scaled)])  # (n, C)
+            if log_q is not None:
+                logits.sub_(candidate_log_q)
+            own = (scaled * targets).sum(1)  # (n,)
+            if log_q is not None:
+                own -= log_q.index_select(0, target)
+            if own_place is None:
+                top = logits.amax(1)
+                own_exp = 0.0  # among the candidates already
+            else:
+                _hide(logits, own_place[part])
+                top = torch.maximum(logits.amax(1), own)
+                own_exp = (own - top).exp_()
+            exp = logits.sub_(top[:, None]).exp_()
+            total = exp.sum(1) + own_exp
+            loss += torch.dot(total.log() + (top - own), weight)
+            if not with_grad:
+                continue
+            # d loss / d logits = weight (exp / total - onehot); the factors of a row are applied on the D-wide side.
+            factor = (weight / total)[:, None]
+            own_factor = (own_exp * factor[:, 0] - weight)[:, None]
+            grad = torch.mm(exp, candidates).mul_(factor).add_(targets.mul_(own_factor))  # (n, D)
+            torch.div(grad, temperature, out=grad_query[part])
+            grad_candidates.addmm_(exp.T, scaled * factor)
+            grad_item.index_add_(0, target, scaled.mul_(own_factor))
+        if grad_candidates is not grad_item:
+            grad_item.index_add_(0, candidate_index, grad_candidates)
+        return loss, grad_item
+
+    losses, grads = zip(*run([partial(job, piece) for piece in pieces]))
+    return sum(losses), grad_query, _total(grads)
+
+
+def _total(grads: tuple[Tensor | None, ...]) -> Tensor | None:
+    """The sum, in order, into the first."""
+    for grad in grads[1:]:
+        if grad is not None:
+            grads[0].add_(grad)
+    return grads[0]
 
 
 def _places(index: Tensor, size: int) -> Tensor:
@@ -207,20 +227,37 @@ def _bce_forward(query, item_emb, pos_index, neg_index, chunk, with_grad):
     weight = torch.full_like(label, 1 / max(1, num_tokens * num_negatives))
     weight[0] = 1 / max(1, num_tokens)
     grad_query = torch.empty(num_tokens, query.shape[1], dtype=dtype, device=query.device) if with_grad else None
-    grad_item = torch.zeros(items.shape, dtype=dtype, device=query.device) if with_grad else None
-    loss = torch.zeros((), dtype=dtype, device=query.device)
-    for start in range(0, num_tokens, chunk):
-        part = slice(start, start + chunk)
-        tokens = query[part].detach().to(dtype)  # (n, D)
-        grad = torch.zeros_like(tokens)
-        for column, index in enumerate((pos_index[part], *neg_index[part].unbind(1))):  # a (n, 1 + K, D) tensor costs more in passes
-            vectors = items.index_select(0, index).to(dtype)  # (n, D)
-            logits = (vectors * tokens).sum(1)  # (n,)
-            loss += (F.softplus(logits) - label[column] * logits).sum() * weight[column]
+
+    tensors = query.detach(), items, pos_index, neg_index
+    fast = step_kernels.compiled() if all(t.device.type == "cpu" for t in tensors) and query.dtype == items.dtype == torch.float32 else None
+
+    def fast_job(piece: Piece) -> tuple[Tensor, Tensor | None]:
+        grad_item = torch.zeros(items.shape) if with_grad else torch.empty(0, 0)
+        grads = (grad_query if with_grad else grad_item).numpy(), grad_item.numpy()
+        arrays = [t.contiguous().numpy() for t in tensors]
+        return torch.tensor(
+            fast.bce(*arrays, *piece, 1 / max(1, num_tokens), 1 / max(1, num_tokens * num_negatives), with_grad, *grads)
+        ), grad_item if with_grad else None
+
+    def job(piece: Piece) -> tuple[Tensor, Tensor | None]:
+        grad_item = torch.zeros(items.shape, dtype=dtype, device=query.device) if with_grad else None
+        loss = torch.zeros((), dtype=dtype, device=query.device)
+        for start in range(piece.begin, piece.end, chunk):
+            part = slice(start, min(start + chunk, piece.end))
+            tokens = query[part].detach().to(dtype)  # (n, D)
+            grad = torch.zeros_like(tokens)
+            for column, index in enumerate((pos_index[part], *neg_index[part].unbind(1))):  # a (n, 1 + K, D) tensor costs more in passes
+                vectors = items.index_select(0, index).to(dtype)  # (n, D)
+                logits = (vectors * tokens).sum(1)  # (n,)
+                loss += (F.softplus(logits) - label[column] * logits).sum() * weight[column]
+                if with_grad:
+                    grad_logits = ((logits.sigmoid() - label[column]) * weight[column])[:, None]  # (n, 1)
+                    grad.addcmul_(grad_logits, vectors)
+                    grad_item.index_add_(0, index, vectors.copy_(tokens).mul_(grad_logits))
             if with_grad:
-                grad_logits = ((logits.sigmoid() - label[column]) * weight[column])[:, None]  # (n, 1)
-                grad.addcmul_(grad_logits, vectors)
-                grad_item.index_add_(0, index, vectors.copy_(tokens).mul_(grad_logits))
-        if with_grad:
-            grad_query[part] = grad
-    return loss, grad_query, grad_item
+                grad_query[part] = grad
+        return loss, grad_item
+
+    pieces = [Piece(0, num_tokens)] if query.is_cuda else halves(row_pieces(num_tokens))
+    losses, grads = zip(*run([partial(fast_job if fast else job, piece) for piece in pieces]))
+    return sum(losses), grad_query, _total(grads)

@@ -17,6 +17,7 @@ from dataset import Batch
 from embedding import JointTable, RowProjection
 from features import Dense, FeatureInputs, SideInputs, TableLayout
 from layers import BACKBONES, Dropout, Packing, TimeFeatures, pick
+from parallel import in_pieces, row_pieces
 from schema import NUM_ACTION_TYPES
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -94,33 +95,62 @@ class Recommender(nn.Module):
     def encode_items(self, inputs: SideInputs) -> ItemVectors:
         """Vectors of M unique items."""
         vectors = self.item_projection(self.table.lookup("item", inputs), inputs)  # (M, D)
-        for projection, dense in zip(self.dense.values(), inputs.dense):
+        if vectors.is_cuda or not torch.is_grad_enabled():
+            return ItemVectors(*self._finish_items(vectors, inputs.dense))
+        pieces = row_pieces(len(vectors))
+
+        def body(number: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
+            begin, end = pieces[number]
+            return self._finish_items(vectors, tuple(Dense(dense.values[begin:end], dense.present[begin:end]) for dense in inputs.dense))
+
+        parameters = [*self.dense.parameters()] + ([] if self.item_bias is None else [self.item_bias])
+        return ItemVectors(*in_pieces(body, pieces, (vectors,), parameters))
+
+    def _finish_items(self, vectors: Tensor, all_dense: tuple[Dense, ...]) -> tuple[Tensor, Tensor]:
+        """From the sum over features (M, D) to what ItemVectors holds."""
+        for projection, dense in zip(self.dense.values(), all_dense):
             vectors = vectors + projection(dense)
         if self.item_bias is not None:
             vectors = vectors + self.item_bias
-        activation = ACTIVATIONS[self.config.item_activation]
-        history = activation(vectors)
+        history = ACTIVATIONS[self.config.item_activation](vectors)
         candidate = (history if self.config.candidate_activation else vectors).float()
-        return ItemVectors(history, F.normalize(candidate, dim=-1) if self.config.similarity == "cosine" else candidate)
+        return history, F.normalize(candidate, dim=-1) if self.config.similarity == "cosine" else candidate
 
     def encode_sequence(self, history: Tensor, batch: Batch, users: SideInputs) -> Tensor:
         """Query vectors (N, D), float32, one a token; normalised where similarity is cosine.
 
         history: (M, D) vectors of the batch's unique items.
         """
-        packing = Packing.from_batch(batch)
         user = self.user_token.expand(batch.users.shape[0], -1)
         if self.user_projection.num_fields:
             user = user + self.user_projection(self.table.lookup("user", users), users)
         # Token n stands for unique item item_index[n], or for the user owner[n]: one gather from both.
-        source = torch.where(packing.positions == 0, batch.owner + history.shape[0], batch.item_index)
+        source = torch.where(batch.positions == 0, batch.owner + history.shape[0], batch.item_index)
         x = torch.cat((history, user.to(history.dtype))).index_select(0, source)  # (N, D)
+        if x.is_cuda or not torch.is_grad_enabled():
+            return self._encode_tokens(x, batch.action_types, batch.timestamps, Packing.from_batch(batch))
+        pieces = Packing.in_pieces(batch)
+
+        def body(number: int, x: Tensor) -> tuple[Tensor]:
+            tokens, packing = pieces[number]
+            part = slice(tokens.begin, tokens.end)
+            return (self._encode_tokens(x, batch.action_types[part], batch.timestamps[part], packing),)
+
+        return in_pieces(body, [tokens for tokens, _ in pieces], (x,), self._sequence_parameters())[0]
+
+    def _sequence_parameters(self) -> list[nn.Parameter]:
+        """All that `_encode_tokens` uses."""
+        modules = (self.actions, self.positions, self.time, self.embedding_norm, self.backbone)
+        return [parameter for module in modules if module is not None for parameter in module.parameters()]
+
+    def _encode_tokens(self, x: Tensor, action_types: Tensor, timestamps: Tensor, packing: Packing) -> Tensor:
+        """Vectors of items and users (N, D) to queries (N, D)."""
         if self.actions is not None:
-            x = x + pick(self.actions, batch.action_types)
+            x = x + pick(self.actions, action_types)
         if self.positions is not None:
             x = x + pick(self.positions, packing.positions)
         if self.time is not None:
-            x = x + self.time(batch.timestamps, packing.positions)
+            x = x + self.time(timestamps, packing.positions)
         x = self.dropout(self.embedding_norm(x))
         query = self.backbone(x, packing).float()
         return F.normalize(query, dim=-1) if self.config.similarity == "cosine" else query

@@ -8,11 +8,15 @@ Legend: R rows touched in a step, E table width.
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+import step_kernels
 from embedding import JointTable, Touched
+from parallel import MIN_ROWS, NUM_PIECES, row_pieces, run
 
 CHUNK_ENTRIES = 1 << 21  # entries updated at a time on CPU: bounds the temporaries at 8 MiB each; smaller is no faster
 
@@ -46,9 +50,25 @@ class TableOptimizer:
         Call `begin_step` once before the calls of an update.
         """
         weight = self.table.parts[touched.part]
-        chunk = len(touched.rows) if weight.is_cuda else max(1, CHUNK_ENTRIES // weight.shape[1])
+        chunk = (
+            len(touched.rows)
+            if weight.is_cuda
+            else max(MIN_ROWS, min(CHUNK_ENTRIES // weight.shape[1], -(-len(touched.rows) // NUM_PIECES)))
+        )
         parts = (t.split(max(1, chunk)) for t in (touched.rows, touched.leaf.grad, touched.leaf.detach()))
-        for rows, grad, values in zip(*parts):
+
+        fast = None if weight.is_cuda or self.kind == "adam" else step_kernels.compiled()
+        if fast:
+            arrays = (
+                t.detach().contiguous().numpy() for t in (weight, self.second[touched.part], touched.rows, touched.leaf.grad, touched.leaf)
+            )
+            numbers = (np.float32(n) for n in (lr, scale, self.betas[1], self.eps, self.l2_emb, 1.0 - lr * self.weight_decay))
+            step = partial(fast.rowwise, *arrays)
+            options = (*numbers, self.kind == "rowwise_adagrad")
+            run([partial(step, *piece, *options) for piece in row_pieces(len(touched.rows))])
+            return
+
+        def job(rows: Tensor, grad: Tensor, values: Tensor) -> None:
             factor = scale
             if self.l2_emb:
                 grad, factor = grad.mul_(scale).add_(values, alpha=self.l2_emb), 1.0
@@ -57,6 +77,8 @@ class TableOptimizer:
             update = self._full_moments if self.kind == "adam" else self._rowwise
             # The leaf is a copy of the rows as they were looked up: no second gather.
             _put_rows(weight, rows, update(touched.part, rows, values, grad, lr, factor))
+
+        run([partial(job, *piece) for piece in zip(*parts)])
 
     def begin_step(self) -> None:
         self.step_count += 1

@@ -1,7 +1,7 @@
 """Builds docs/API.md from the signatures and docstrings of the top-level modules. Reads source only, imports nothing of it.
 
-    python docs/generate_api.py            write docs/API.md
-    python docs/generate_api.py --check    exit status 1 where docs/API.md is not what would be written
+python docs/generate_api.py            write docs/API.md
+python docs/generate_api.py --check    exit status 1 where docs/API.md is not what would be written
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TARGET = ROOT / "docs" / "API.md"
 WIDTH = 110  # a longer signature gets a line a parameter
 # The direction of imports: a module uses those before it (tests/test_structure.py holds it). A new module gets its place here.
 CHAIN = (
-    "errors schema config settings plain_pickle kernels columns store_files sources sources_jsonl sources_parquet sources_workers "
+    "errors schema config settings plain_pickle kernels step_kernels parallel columns store_files sources sources_jsonl sources_parquet sources_workers "
     "indexer item_table candidates multimodal store_build store dataset features embedding layers losses metrics optim model retrieval "
     "baselines evaluate checkpoint logger runs report trainer sizes footprint machine estimate reference benchmark_process "
     "benchmark_parts benchmark_child planted planted_features synthetic_files"

@@ -20,6 +20,7 @@ from test_main import run_main
 
 import evaluate
 import layers
+import parallel
 import trainer
 from checkpoint import list_checkpoints
 from config import KEYS, Config
@@ -285,7 +286,7 @@ def watched(calls: dict) -> Iterator[None]:
         return prefetch(build, numbers, num_workers, depth)
 
     def noted_update(self, *args):
-        calls["threads"].add(torch.get_num_threads())
+        calls["threads"].add(parallel.num_threads())
         return update(self, *args)
 
     patches = [(trainer, "softmax_loss", noted_loss), (layers, "checkpoint", noted_checkpoint), (evaluate, "topk_exact", noted_topk),

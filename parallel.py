@@ -1,0 +1,201 @@
+"""Runs pieces of a training step side by side on CPU cores, one torch thread each. Knows no model and no data.
+
+torch's own threads split each operation and wait for one another after it: with operations of a millisecond, and the loader's thread
+beside them, two cores do the work of 1.1. Here a piece is a share of the batch's users or rows that goes through many operations, stays
+in its core's cache, and waits once. The pieces depend on the batch alone, never on the number of threads: results are the same for any.
+
+Legend: N tokens or rows, D width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+NUM_PIECES = 4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
+KEPT_BYTES = 512 << 20  # free memory at the end of the heap from which malloc gives it back
+MIN_ROWS = 512  # a piece of fewer costs more in calls than its arithmetic takes
+
+
+class Piece(NamedTuple):
+    """Rows [begin, end)."""
+
+    begin: int
+    end: int
+
+
+_state = threading.local()
+_pool: ThreadPoolExecutor | None = None
+_num_threads = 1
+
+
+def keep_freed_memory(num_threads: int) -> None:
+    """Have malloc keep what a step frees for the next one, instead of giving it back to the system.
+
+    Measured at the baseline's setting: 5,300 page faults a step, of 4 KB each, became 70, and its processor time 140 ms became 102.
+    Blocks above 32 MB (tables, moments) still go back at once. Nothing happens where the C library has no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_ARENA_MAX, num_threads + 2)  # run.sh's 2 are for the many threads of imports; sharing one here costs a sixth of a step
+
+
+@contextmanager
+def cores(num_threads: int) -> Iterator[None]:
+    """Within it, `run` uses num_threads cores; torch's operations take one each, more where there are more cores than pieces."""
+    global _pool, _num_threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads // NUM_PIECES))
+    pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="piece") if num_threads > 1 else None
+    _pool, _num_threads = pool, num_threads
+    try:
+        yield
+    finally:
+        _pool, _num_threads = None, 1
+        if pool is not None:
+            pool.shutdown()
+        torch.set_num_threads(before)
+
+
+def num_threads() -> int:
+    """Cores that `run` uses now."""
+    return _num_threads
+
+
+def run(jobs: Sequence[Callable[[], object]]) -> list:
+    """Results of all jobs, in their order; the caller's thread works too. The first error is raised when all are done."""
+    if _pool is None or len(jobs) < 2:
+        return [job() for job in jobs]
+    results: list = [None] * len(jobs)
+    errors: list[BaseException] = []
+    todo = iter(range(len(jobs)))
+    grad = torch.is_grad_enabled()
+
+    def work() -> None:
+        with torch.set_grad_enabled(grad):
+            for number in todo:  # next() of a range's iterator is one step of the interpreter: no two threads get the same
+                try:
+                    results[number] = jobs[number]()
+                except BaseException as error:  # noqa: BLE001 raised below
+                    errors.append(error)
+
+    helpers = [_pool.submit(work) for _ in range(min(_num_threads, len(jobs)) - 1)]
+    work()
+    for helper in helpers:
+        helper.result()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def row_pieces(num_rows: int) -> list[Piece]:
+    """Up to NUM_PIECES pieces of nearly equal size."""
+    num = max(1, min(NUM_PIECES, num_rows // MIN_ROWS))
+    ends = [num_rows * (i + 1) // num for i in range(num)]
+    return [Piece(begin, end) for begin, end in zip([0, *ends], ends)]
+
+
+def halves(pieces: list[Piece]) -> list[Piece]:
+    """The pieces merged to two at most: for work that holds large sums of its own a piece."""
+    middle = len(pieces) // 2
+    return pieces if not middle else [Piece(0, pieces[middle].begin), Piece(pieces[middle].begin, pieces[-1].end)]
+
+
+def user_pieces(lengths: Tensor) -> list[tuple[Piece, Piece]]:
+    """lengths: (B,) tokens a user. Pieces of whole users, of about as many tokens each: (users, their tokens)."""
+    ends = lengths.cumsum(0)
+    num_tokens = int(ends[-1])
+    wanted = torch.tensor([piece.end for piece in row_pieces(num_tokens)])
+    users = torch.unique(torch.searchsorted(ends, wanted) + 1).clamp_(max=len(lengths)).tolist()
+    tokens = [int(ends[user - 1]) for user in users]
+    return [(Piece(*user), Piece(*token)) for user, token in zip(zip([0, *users], users), zip([0, *tokens], tokens))]
+
+
+def dropout_generator() -> torch.Generator | None:
+    """The generator of the piece that runs in this thread; None = torch's default."""
+    return getattr(_state, "generator", None)
+
+
+def replayed() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For torch's checkpoint: the second context gives `dropout_generator` the state that it has now."""
+    generator = dropout_generator()
+    return nullcontext(), nullcontext() if generator is None else _with_generator(generator.clone_state())
+
+
+@contextmanager
+def _with_generator(generator: torch.Generator) -> Iterator[None]:
+    before = dropout_generator()
+    _state.generator = generator
+    try:
+        yield
+    finally:
+        _state.generator = before
+
+
+class _Pieces(torch.autograd.Function):
+    """body(piece number, x[piece], *more) for each piece, with a graph of its own each."""
+
+    @staticmethod
+    def forward(ctx, body, pieces, num_inputs, *tensors):
+        inputs, parameters = tensors[:num_inputs], tensors[num_inputs:]
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+
+        def job(number: int, piece: Piece):
+            def work():
+                with _with_generator(torch.Generator().manual_seed((seed + number) % 2**63)), torch.enable_grad():
+                    leaves = [x[piece.begin : piece.end].detach().requires_grad_(x.requires_grad) for x in inputs]
+                    return leaves, body(number, *leaves)
+
+            return work
+
+        ctx.graphs = run([job(*numbered) for numbered in enumerate(pieces)])
+        ctx.pieces, ctx.parameters, ctx.num_inputs = pieces, parameters, num_inputs
+        ctx.need = [x.requires_grad for x in inputs]
+        return tuple(torch.cat([out.detach() for out in column]) for column in zip(*(outs for _, outs in ctx.graphs)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        graphs, ctx.graphs = ctx.graphs, None
+        parameters = [p for p in ctx.parameters if p.requires_grad]
+
+        def job(piece: Piece, leaves: list[Tensor], outs: tuple[Tensor, ...]):
+            wanted = [x for x in leaves if x.requires_grad] + parameters
+            return lambda: torch.autograd.grad(outs, wanted, [grad[piece.begin : piece.end] for grad in grads], allow_unused=True)
+
+        columns = list(zip(*run([job(piece, *graph) for piece, graph in zip(ctx.pieces, graphs)])))
+        num = sum(ctx.need)
+        inputs = iter([torch.cat(column) for column in columns[:num]])
+        sums = iter([_sum(column) for column in columns[num:]])
+        return (None, None, None, *(next(inputs) if need else None for need in ctx.need),
+                *(next(sums) if p.requires_grad else None for p in ctx.parameters))  # fmt: skip
+
+
+def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
+    total = None
+    for part in parts:
+        if part is not None:
+            total = part if total is None else total.add_(part)
+    return total
+
+
+def in_pieces(
+    body: Callable[..., tuple[Tensor, ...]], pieces: Sequence[Piece], inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+) -> tuple[Tensor, ...]:
+    """torch.cat of body(number, *(x[piece] for x in inputs)), result by result, over the pieces, side by side within `cores`.
+
+    inputs: (N, ...) each; each of body's results has a row for each of the piece's. parameters: all that body uses and that wants a
+    gradient.
+    """
+    return _Pieces.apply(body, tuple(pieces), len(inputs), *inputs, *parameters)

@@ -1,0 +1,87 @@
+"""The compiled loops of a step give what torch's operations give, up to rounding."""
+
+import math
+
+import pytest
+import torch
+
+import kernels
+import step_kernels
+from embedding import Touched
+from layers import Dropout
+from losses import bce_loss
+from optim import TableOptimizer
+
+pytestmark = pytest.mark.skipif(step_kernels.compiled() is None, reason="numba is not installed")
+
+
+class OneTable:
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.parts = [weight]
+
+
+def both(monkeypatch: pytest.MonkeyPatch, function) -> tuple:
+    """What `function` gives with the loops, and by torch."""
+    fast = function()
+    monkeypatch.setattr(kernels, "ENABLED", False)
+    assert step_kernels.compiled() is None
+    return fast, function()
+
+
+@pytest.mark.parametrize("num_negatives", [1, 3])
+def test_bce(monkeypatch: pytest.MonkeyPatch, num_negatives: int) -> None:
+    def losses():
+        torch.manual_seed(0)
+        query, items = 3 * torch.randn(1500, 7), 3 * torch.randn(40, 7)  # logits to about 60: softplus must not overflow
+        query.requires_grad_(), items.requires_grad_()
+        pos, neg = torch.randint(40, (1500,)), torch.randint(40, (1500, num_negatives))
+        loss = bce_loss(query, items, pos, neg)
+        (2 * loss).backward()
+        return loss.detach(), query.grad, items.grad, bce_loss(query.detach(), items.detach(), pos, neg)
+
+    for fast, slow in zip(*both(monkeypatch, losses), strict=True):
+        torch.testing.assert_close(fast, slow)
+
+
+def test_bce_by_hand() -> None:
+    query, items = torch.tensor([[2.0]], requires_grad=True), torch.tensor([[1.0], [-1.5]], requires_grad=True)
+    bce_loss(query, items, torch.tensor([0]), torch.tensor([[1]])).backward()
+    positive, negative = 1 / (1 + math.exp(-2)) - 1, 1 / (1 + math.exp(3))  # sigmoid(2) - 1 and sigmoid(-3)
+    assert query.grad.item() == pytest.approx(positive - 1.5 * negative)
+    assert items.grad.flatten().tolist() == pytest.approx([2 * positive, 2 * negative])
+
+
+@pytest.mark.parametrize("kind", ["rowwise_adam", "rowwise_adagrad"])
+@pytest.mark.parametrize("options", [{}, {"l2_emb": 0.1, "weight_decay": 0.2}])
+def test_row_wise_updates(monkeypatch: pytest.MonkeyPatch, kind: str, options: dict) -> None:
+    def updated():
+        torch.manual_seed(1)
+        optimizer = TableOptimizer(OneTable(torch.randn(3000, 6)), kind, betas=(0.9, 0.98), **options)
+        for _ in range(3):
+            rows = torch.randperm(3000)[:2200].sort().values
+            leaf = optimizer.table.parts[0][rows].requires_grad_()
+            leaf.grad = torch.randn_like(leaf)
+            optimizer.begin_step()
+            optimizer.step(Touched(0, rows, leaf), 0.05, torch.tensor(0.7))
+        return optimizer.table.parts[0], optimizer.second[0]
+
+    for fast, slow in zip(*both(monkeypatch, updated), strict=True):
+        torch.testing.assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 4097])
+def test_dropout_masks_forward_and_backward_alike_at_any_size(size: int) -> None:
+    x = torch.ones(size, requires_grad=True)
+    out = Dropout(0.25).train()(x)
+    out.sum().backward()
+    assert torch.equal(out, x.grad) and set(out.unique().tolist()) <= {0.0, float(torch.tensor(1 / 0.75))}
+
+
+def test_dropout_keeps_its_share_and_repeats_no_mask() -> None:
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.2).train(), torch.ones(1 << 18)
+    kept, again = dropout(x) > 0, dropout(x) > 0
+    share = kept.float().mean().item()
+    assert abs(share - 0.8) < 0.004 and not torch.equal(kept, again)  # 5 standard deviations
+    lanes = kept.view(-1, 4).float()
+    assert (lanes.T.corrcoef() - torch.eye(4)).abs().max() < 0.02 and abs((kept & again).float().mean().item() - 0.64) < 0.005
