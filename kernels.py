@@ -196,7 +196,7 @@ def _side_inputs(keys, begin, sizes, offsets, counts, num, transposed, scratch):
 
 
 def _count(keys, size, found, rows, starts, things):
-    """One field of `_side_inputs` by counting: keys become their rows' numbers, `found` is the first; its rows, starts and places follow."""
+    """One field of `_side_inputs` by counting: keys become their rows' numbers, from `found` on; rows, starts, places follow."""
     ends, number = np.zeros(size + 1, np.int64), np.zeros(size + 1, np.int32)
     for z in range(len(keys)):
         ends[keys[z]] += 1
@@ -242,7 +242,7 @@ def _owners(counts, owner):
 
 
 def _by_thing(keys, begin, counts, num):
-    """Keys of one field after another, thing by thing: index (Z,) int32, bags (M + 1,) int32, weights (Z,) float32, empty without counts."""
+    """Keys of one field after another, thing by thing: index (Z,) int32, bags (M + 1,) int32, weights (Z,) or (0,) float32."""
     num_fields, lists = len(begin) - 1, len(counts) > 0
     index, bags, weights = np.empty(len(keys), np.int32), np.empty(num + 1, np.int32), np.empty(len(keys) if lists else 0, np.float32)
     at, ahead = 0, begin.copy()

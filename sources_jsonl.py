@@ -1,8 +1,8 @@
 """Turns lines of layout A (JSON) into column chunks.
 
-A block of lines takes the fast way, where every check is one pass in C; a block with anything unusual takes the slow way,
-line by line, which repairs what may be repaired and names what may not. Must not write the store or start processes
-(sources_workers.py).
+A block of lines takes the fastest of three ways that can: compiled loops that read the bytes and know plain records alone; orjson, where
+every check is one pass in C; line by line, which repairs what may be repaired and names what may not. All give the same columns. Must not
+write the store or start processes (sources_workers.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+import sources_loops
 from columns import ID_LIMIT, is_number, ragged_places
 from schema import EXPOSURE, IGNORED_FEATURES
 from sources import INT32_MAX, FeatureRows, Ragged, Rules, SeqChunk, check_sequences, drop_rejected, sort_events
@@ -46,6 +47,7 @@ class FeatureReader:
         self.multi = tuple(f.id for f in rules.schema.select(side, "multi"))
         self.lenient, self.side = rules.lenient, side
         self._known = frozenset(self.single) | frozenset(self.multi) | IGNORED_FEATURES
+        self.slots = sources_loops.slots_of(self.single, self.multi)
 
     def columns(self, dicts: list[dict], tally: Counter) -> tuple[np.ndarray, dict[str, Ragged]]:
         """(N) dictionaries -> single (N, F) int32 and {id: Ragged}. _BadLineError where a value cannot be."""
@@ -61,6 +63,26 @@ class FeatureReader:
         for name in set().union(*dicts) - self._known:
             tally[f"ignored: {self.side} feature {name[:40]!r} is not in the schema"] += sum(name in d for d in dicts)
         return single, multi
+
+    def outputs(self, num: int, num_values: int) -> sources_loops.Outputs:
+        """Room for the compiled loops to put `num` dictionaries with up to `num_values` values in lists."""
+        lists = len(self.multi)
+        return sources_loops.Outputs(
+            single=np.empty((num, len(self.single)), np.int32),
+            counts=np.empty((lists, num), np.int64),
+            values=np.empty((lists, num_values), np.int32),
+            filled=np.zeros(lists, np.int64),
+            cold=np.zeros(len(self.slots.kinds), np.int64),
+        )
+
+    def rows(self, ids: np.ndarray, found: sources_loops.Outputs, tally: Counter) -> FeatureRows:
+        """What the loops put there for the dictionaries of `ids` (N)."""
+        for name, count in zip(self.single + self.multi, found.cold.tolist(), strict=False):
+            if count:
+                tally[f"cold: {self.side} feature {name}"] += count
+        num = len(ids)
+        lists = zip(self.multi, found.counts, found.values, found.filled.tolist(), strict=True)
+        return FeatureRows(ids, found.single[:num], {name: Ragged(c[:num].copy(), v[:end].copy()) for name, c, v, end in lists})
 
     def _plain_columns(self, dicts: list[dict]) -> np.ndarray | None:
         """All single columns at once where every value is an int in range (a quarter faster than one by one), else None."""
@@ -147,6 +169,48 @@ class LineParser:
 
     def parse(self, lines: list[bytes], first_line: int) -> SeqChunk:
         """Columns of the users in `lines`; the line numbers count from `first_line`."""
+        return self.parse_block(b"".join(line + b"\n" for line in lines), first_line)
+
+    def parse_block(self, data: bytes, first_line: int) -> SeqChunk:
+        """Columns of the users in lines that are one piece of bytes, as read_blocks gives them."""
+        chunk = self._plain_lines(data, first_line)
+        if chunk is None:
+            chunk = self._any_lines(split_lines(data), first_line)
+        checked = chunk.user_ids if self.rules.kind == "train" else None
+        chunk = drop_rejected(
+            chunk, check_sequences(self.rules, checked, chunk.counts, chunk.item_ids, chunk.action_types, chunk.timestamps)
+        )
+        sort_events(self.rules, chunk, chunk.tally)
+        chunk.action_types = chunk.action_types.astype(np.int8)
+        chunk.rejects.sort()
+        return chunk
+
+    def _plain_lines(self, data: bytes, first_line: int) -> SeqChunk | None:
+        """The compiled way; None where it is not there or meets anything but plain records."""
+        loops = sources_loops.compiled() if self.rules.kind == "train" and data else None
+        if loops is None or self.users.slots is None or self.items.slots is None:
+            return None
+        padded, end = sources_loops.padded(data.removesuffix(b"\n"))
+        num_lines = int(np.count_nonzero(padded == sources_loops.NEWLINE))
+        most, values = sources_loops.bounds(padded)
+        ids, counts = np.empty((2, num_lines), dtype=np.int64)
+        item_ids, action_types, timestamps = np.empty((3, most), dtype=np.int64)
+        users, items = self.users.outputs(num_lines, values), self.items.outputs(most, values)
+        num = loops.lines(
+            padded, end + 1, *self.users.slots, *users, *self.items.slots, *items, ids, counts, item_ids, action_types, timestamps
+        )
+        if num < 0:
+            return None
+        tally: Counter = Counter()
+        chunk = SeqChunk(
+            lines=np.arange(first_line, first_line + num_lines), num_lines=num_lines, user_ids=ids, counts=counts,
+            item_ids=item_ids[:num].copy(), action_types=action_types[:num], timestamps=timestamps[:num].copy(), tally=tally)  # fmt: skip
+        chunk.users = self.users.rows(ids, users, tally)
+        chunk.items = self._item_rows(self.items.rows(chunk.item_ids, items, tally), [], tally)
+        return chunk
+
+    def _any_lines(self, lines: list[bytes], first_line: int) -> SeqChunk:
+        """By orjson."""
         tally: Counter = Counter()
         rejects, numbers, users = [], [], []
         for number, line in enumerate(lines, first_line):
@@ -163,17 +227,10 @@ class LineParser:
             chunk = self._columns(users, tally)
         chunk.lines, chunk.num_lines = np.array(numbers, dtype=np.int64), len(lines)
         chunk.rejects, chunk.tally = rejects, tally
-        checked = chunk.user_ids if self.rules.kind == "train" else None
-        chunk = drop_rejected(
-            chunk, check_sequences(self.rules, checked, chunk.counts, chunk.item_ids, chunk.action_types, chunk.timestamps)
-        )
-        sort_events(self.rules, chunk, chunk.tally)
-        chunk.action_types = chunk.action_types.astype(np.int8)
-        chunk.rejects.sort()
         return chunk
 
     def _columns(self, users: list[list], tally: Counter) -> SeqChunk:
-        """The fast way: one profile a line, plain ints where ints belong; anything else raises."""
+        """One profile a line, plain ints where ints belong; anything else raises."""
         lengths = np.fromiter(map(len, users), np.int64, len(users))
         records = list(chain.from_iterable(users))
         if not users:
@@ -202,7 +259,10 @@ class LineParser:
         if user_feat.count(None) != num_events or set(map(type, dicts)) != {dict}:
             raise _IrregularError
         chunk.users = FeatureRows(chunk.user_ids, *self.users.columns(dicts, tally))
-        chunk.items = self._item_rows(item_ids, odd, list(compress(item_feat, mask)), tally)
+        dicts = list(compress(item_feat, mask))
+        if set(map(type, dicts)) - {dict}:
+            raise _IrregularError
+        chunk.items = self._item_rows(FeatureRows(item_ids, *self.items.columns(dicts, tally)), odd, tally)
         return chunk
 
     def _empty(self) -> SeqChunk:
@@ -236,11 +296,9 @@ class LineParser:
                     raise _IrregularError
         return np.fromiter(values, np.uint64, len(values)), odd
 
-    def _item_rows(self, item_ids: np.ndarray, odd: list, dicts: list, tally: Counter) -> FeatureRows:
-        """Features of the items that are not covered yet, the first of each; differences to what is known are counted."""
-        if set(map(type, dicts)) - {dict}:
-            raise _IrregularError
-        rows = FeatureRows(item_ids, *self.items.columns(dicts, tally))
+    def _item_rows(self, rows: FeatureRows, odd: list, tally: Counter) -> FeatureRows:
+        """Of the events' rows those of items that are not covered yet, the first of each; differences to what is known are counted."""
+        item_ids = rows.ids
         in_range = (item_ids >= 1) & (item_ids < len(self.known.covered))
         covered = np.zeros(len(item_ids), dtype=bool)
         covered[in_range] = self.known.covered[item_ids[in_range].astype(np.int64)]
@@ -372,6 +430,20 @@ def why_not_json(line: bytes, error: Exception, *, what: str = "JSON object", en
 
 def read_range(path: Path, start: int, end: int) -> Iterator[tuple[int, list[bytes]]]:
     """Lines of a file that begin in bytes start..end, in blocks: (offset of the first line, lines). A line over 64 MiB comes as b''."""
+    for offset, data in read_blocks(path, start, end):
+        yield offset, split_lines(data)
+
+
+def split_lines(data: bytes) -> list[bytes]:
+    """The lines of a block, without their ends."""
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def read_blocks(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """As read_range, the lines of a block in one piece."""
     with open(path, "rb") as file:
         if start:
             file.seek(start - 1)
@@ -386,10 +458,7 @@ def read_range(path: Path, start: int, end: int) -> Iterator[tuple[int, list[byt
                 if not data.endswith(b"\n") and len(data) >= MAX_LINE_BYTES:
                     data = data[: data.rfind(b"\n") + 1] + b"\n"
                     _skip_line(file, None)
-            lines = data.split(b"\n")
-            if not lines[-1]:
-                lines.pop()
-            yield offset, lines
+            yield offset, data
 
 
 def _skip_line(file: object, end: int | None) -> None:

@@ -23,14 +23,17 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
+import sources_loops
 from columns import ID_LIMIT
 from errors import RunError, UserError
 from sources import FeatureRows, Progress, Ragged, Rules, SeqChunk
-from sources_jsonl import FeatureReader, KnownItems, LineParser, read_range
+from sources_jsonl import FeatureReader, KnownItems, LineParser, read_blocks
 from store_files import load_array
 
 RANGE_BYTES = 16 << 20  # of a file, one task
 PARALLEL_BYTES = 32 << 20  # below, processes cost more than they bring
+COMPILED_BYTES = 48 << 20  # below, loading the compiled loops costs more than they bring
+LOAD_SECONDS = 2.0  # a worker waits that long for the loops before its first task: enough to read them, not to make them
 MAX_ITEM_PIECE_BYTES = 1 << 30
 NEXT_ITEM = re.compile(rb'\}\s*,\s*"[^"\\]*"\s*:')  # cannot occur inside a JSON string: its quotes would be escaped
 
@@ -44,34 +47,67 @@ class Task(NamedTuple):
     end: int
 
 
+class Workers:
+    """Processes that serve one file after another, so that they are started, and load the compiled loops, once. Close them in the end."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen] = []
+
+    def start(self, size: int, count: int | None = None) -> list[subprocess.Popen]:
+        """`count` processes for a file of `size` bytes (None: one a core, or none for a small file); those that run already serve again."""
+        if count is None:
+            count = min(len(os.sched_getaffinity(0)), -(-size // RANGE_BYTES)) if size >= PARALLEL_BYTES else 0
+        while len(self._processes) < count:
+            self._processes.append(_start_worker(compiled=size >= COMPILED_BYTES))
+        return self._processes[:count]
+
+    def close(self) -> None:
+        """End the processes, whatever they are at."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+            try:
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # a task that never reached the process, which had died; whoever noticed has said so
+            process.stdout.close()
+        self._processes.clear()
+
+
 def read_sequences(
-    path: Path, rules: Rules, known: Path, scratch: Path, progress: Progress, *, workers: int | None = None
+    path: Path, rules: Rules, known: Path, scratch: Path, progress: Progress, *, workers: Workers | int | None = None
 ) -> Iterator[SeqChunk]:
     """The users of seq.jsonl or predict_seq.jsonl, in file order, in chunks of bounded size.
 
     known: folder of the item features read before (see save_known); scratch: an existing folder for what workers hand back.
-    workers: processes; None: one a core, or none for a small file.
+    workers: processes, or how many are to be started for this file; None: one a core, or none for a small file.
     """
     return _read("sequences", path, rules, known, scratch, progress, workers)
 
 
-def read_item_dict(path: Path, rules: Rules, scratch: Path, progress: Progress, *, workers: int | None = None) -> Iterator[SeqChunk]:
+def read_item_dict(
+    path: Path, rules: Rules, scratch: Path, progress: Progress, *, workers: Workers | int | None = None
+) -> Iterator[SeqChunk]:
     """The items of item_feat_dict.json, in file order: chunks that hold `items`, rejects (line: number of the entry) and tally alone."""
     return _read("items", path, rules, None, scratch, progress, workers)
 
 
 def _read(
-    what: str, path: Path, rules: Rules, known: Path | None, scratch: Path, progress: Progress, workers: int | None
+    what: str, path: Path, rules: Rules, known: Path | None, scratch: Path, progress: Progress, workers: Workers | int | None
 ) -> Iterator[SeqChunk]:
     size = path.stat().st_size
     tasks = [Task(what, str(path), start, min(start + RANGE_BYTES, size)) for start in range(0, size, RANGE_BYTES)]
     setup = {"rules": rules.to_dict(), "known": None if known is None else str(known)}
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if size >= PARALLEL_BYTES else 0
-    chunks = _in_processes(tasks, setup, scratch, min(workers, len(tasks))) if workers else _in_process(tasks, setup)
-    for task, chunk in chunks:
-        progress.update(task.end - task.start)
-        yield chunk
+    mine = None if isinstance(workers, Workers) else Workers()
+    try:
+        processes = workers.start(size) if mine is None else mine.start(size, workers)
+        for task, chunk in _in_processes(tasks, setup, scratch, processes) if processes else _in_process(tasks, setup):
+            progress.update(task.end - task.start)
+            yield chunk
+    finally:
+        if mine is not None:
+            mine.close()
 
 
 def _in_process(tasks: list[Task], setup: dict) -> Iterator[tuple[Task, SeqChunk]]:
@@ -80,50 +116,49 @@ def _in_process(tasks: list[Task], setup: dict) -> Iterator[tuple[Task, SeqChunk
         yield task, reader.read(task)
 
 
-def _in_processes(tasks: list[Task], setup: dict, scratch: Path, count: int) -> Iterator[tuple[Task, SeqChunk]]:
-    """Chunks in the order of tasks; at most count + 2 are under way, so that what waits on disk stays bounded."""
-    processes = [_start_worker(setup) for _ in range(count)]
+def _in_processes(tasks: list[Task], setup: dict, scratch: Path, processes: list[subprocess.Popen]) -> Iterator[tuple[Task, SeqChunk]]:
+    """Chunks in the order of tasks; at most two more than processes are under way, so that what waits on disk stays bounded."""
     free: SimpleQueue = SimpleQueue()
     for process in processes:
-        free.put(process)
+        free.put((process, setup))
 
     def run(number: int, task: Task) -> SeqChunk:
-        process = free.get()
+        process, message = free.get()
         try:
-            return _ask(process, task, scratch / f"range{number}.npz")
+            return _ask(process, message, task, scratch / f"range{number}.npz")
         finally:
-            free.put(process)
+            free.put((process, None))
 
-    pool = ThreadPoolExecutor(count)
+    pool = ThreadPoolExecutor(len(processes))
     waiting: deque = deque()
+    whole = False
     try:
         for number, task in enumerate(tasks):
             waiting.append((task, pool.submit(run, number, task)))
-            if len(waiting) > count + 2:
+            if len(waiting) > len(processes) + 2:
                 done, future = waiting.popleft()
                 yield done, future.result()
         while waiting:
             done, future = waiting.popleft()
             yield done, future.result()
+        whole = True
     finally:
-        for process in processes:
-            process.kill()
+        if not whole:  # threads wait for answers that nobody wants any more
+            for process in processes:
+                process.kill()
         pool.shutdown(cancel_futures=True)
-        for process in processes:
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
 
 
-def _start_worker(setup: dict) -> subprocess.Popen:
+def _start_worker(*, compiled: bool) -> subprocess.Popen:
     environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-    process.stdin.write(json.dumps(setup).encode() + b"\n")
-    return process
+    command = [sys.executable, __file__, *(["compiled"] if compiled else [])]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
-def _ask(process: subprocess.Popen, task: Task, out: Path) -> SeqChunk:
+def _ask(process: subprocess.Popen, setup: dict | None, task: Task, out: Path) -> SeqChunk:
     try:
+        if setup is not None:
+            process.stdin.write(json.dumps(setup).encode() + b"\n")
         process.stdin.write(json.dumps([*task, str(out)]).encode() + b"\n")
         process.stdin.flush()
         line = process.stdout.readline()
@@ -163,16 +198,18 @@ class _Reader:
 
     def _sequences(self, task: Task) -> SeqChunk:
         chunks, line, last = [], 0, -1
-        for offset, lines in read_range(Path(task.path), task.start, task.end):
-            chunks.append(self.parser.parse(lines, line + 1))
-            line += len(lines)
-            last = offset + sum(map(len, lines[:-1])) + len(lines) - 1
+        for offset, data in read_blocks(Path(task.path), task.start, task.end):
+            chunks.append(self.parser.parse_block(data, line + 1))
+            line += chunks[-1].num_lines
+            last = offset + data.rfind(b"\n", 0, -1) + 1
         chunk = join_chunks(chunks) if chunks else self.parser.parse([], 1)
         chunk.last_offset = last
         return chunk
 
     def _items(self, task: Task) -> SeqChunk:
         data, ahead = _item_piece(task)
+        if (chunk := self._plain_items(data)) is not None:
+            return chunk
         try:
             entries = orjson.loads(data) if data else {}
             if not isinstance(entries, dict):
@@ -182,10 +219,29 @@ class _Reader:
                             "Expected one object {item id: {feature id: value}}; copy the file anew.") from None  # fmt: skip
         return self._item_columns(entries)
 
+    def _plain_items(self, data: bytes) -> SeqChunk | None:
+        """By the compiled loops; None where they are not there or meet anything but plain items, each once."""
+        loops = sources_loops.compiled()
+        if loops is None or self.items.slots is None or not data:
+            return None
+        padded, end = sources_loops.padded(data.rstrip(b" \t\r\n"))
+        most, values = sources_loops.bounds(padded)
+        ids, found = np.empty(most, np.int64), self.items.outputs(most, values)
+        count = loops.items(padded, end, min(self._highest(), 2**63 - 1), *self.items.slots, *found, ids)
+        if count < 0 or len(np.unique(ids[:count])) < count:
+            return None
+        chunk = empty_chunk(self.rules)
+        ids = ids[:count].astype(np.uint64 if self.rules.kind == "predict" else np.int64)
+        chunk.items, chunk.num_lines = self.items.rows(ids, found, chunk.tally), count
+        return chunk
+
+    def _highest(self) -> int:
+        return ID_LIMIT - 1 if self.rules.kind == "predict" else self.rules.item_limit
+
     def _item_columns(self, entries: dict) -> SeqChunk:
         tally: Counter = Counter()
         rejects, ids, dicts = [], [], []
-        highest = ID_LIMIT - 1 if self.rules.kind == "predict" else self.rules.item_limit
+        highest = self._highest()
         for number, (key, features) in enumerate(entries.items(), 1):
             if not (key.isascii() and key.isdigit() and len(key) <= 20 and 1 <= int(key) <= highest):
                 rejects.append((number, f"item id {key[:40]} is outside 1..{highest} (the items of indexer.pkl)"))
@@ -311,12 +367,20 @@ def load_known(folder: Path) -> KnownItems:
 
 
 def _work() -> None:
-    """A worker: a line of setup, then a task a line; an answer a line. Ends when its input does."""
+    """A worker: for each file a line of setup, then a task a line; an answer a task. Ends when its input does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops it
     gc.disable()
-    reader = _Reader(orjson.loads(sys.stdin.buffer.readline()))
+    if sys.argv[1:] == ["compiled"]:
+        sources_loops.start()
+    reader, wait = None, LOAD_SECONDS
     for line in sys.stdin.buffer:
-        *task, out = orjson.loads(line)
+        message = orjson.loads(line)
+        if isinstance(message, dict):
+            reader = _Reader(message)
+            continue
+        *task, out = message
+        sources_loops.compiled(wait=wait)
+        wait = 0.0
         try:
             answer = save_chunk(reader.read(Task(*task)), Path(out))
         except UserError as error:

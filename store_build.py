@@ -45,10 +45,20 @@ class StoreBuilder:
         self._file_starts: list[tuple[int, Path]] = []
         self._strays: list[FeatureRows] = []
         self._num_users = self._max_item = 0
+        self._workers = sources_workers.Workers()
 
     def build(self) -> dict:
         """Write every array; returns {"arrays", "counts", "cardinalities", "summary"} for the manifest."""
+        try:
+            return self._build()
+        finally:
+            self._workers.close()
+
+    def _build(self) -> dict:
         begin = time.monotonic()
+        if self.source.layout == "A":  # they get ready while the indexer is read
+            names = ("item_feat_dict.json", SEQUENCES[self.source.kind, "A"])
+            self._workers.start(max(path.stat().st_size for path in self.source.files if path.name in names))
         path = self.source.data_path / "indexer.pkl"
         if path.exists():
             self.indexer = read_indexer(path, self.scratch)
@@ -85,7 +95,7 @@ class StoreBuilder:
         if path.exists():
             with self._progress(f"reading {path.name}", path.stat().st_size, "B") as progress:
                 for chunk in numbered(
-                    sources_workers.read_item_dict(path, self.rules, self.scratch, progress),
+                    sources_workers.read_item_dict(path, self.rules, self.scratch, progress, workers=self._workers),
                     path,
                     self.rejects,
                     self.tally,
@@ -130,7 +140,8 @@ class StoreBuilder:
         if self.source.layout == "A":
             path = self.source.data_path / name
             with self._progress(f"reading {name}", path.stat().st_size, "B") as progress:
-                chunks = sources_workers.read_sequences(path, self.rules, self.scratch / "known", self.scratch, progress)
+                known = self.scratch / "known"
+                chunks = sources_workers.read_sequences(path, self.rules, known, self.scratch, progress, workers=self._workers)
                 last_offset = max([self._add(chunk) for chunk in self._numbered(chunks, path)], default=-1)
             self._check_offsets(path, last_offset)
         else:
