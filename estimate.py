@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
 import kernels
+import step_kernels
 from config import Config, with_values
 from dataset import BatchBuilder, Split, Splits
 from evaluate import ITEM_CHUNK, Ranker, move
@@ -26,6 +29,7 @@ from features import TableLayout, known_items_digest
 from footprint import Footprint, anonymous_bytes, caching_malloc, load_runtime
 from logger import format_table
 from machine import Machine, read_machine
+from parallel import keep_freed_memory
 from retrieval import prepare_catalogue
 from sizes import counting_bytes, map_bytes, ranking_bytes, recent_bytes, successor_bytes, table_bytes
 from trainer import AUTOCAST, Trainer, TrainingLoss
@@ -160,16 +164,18 @@ def estimate_run(config: Config, open_data: Callable[[], Data], device: torch.de
     config = with_values(config, compile=False)  # shadows cannot be compiled
     load_runtime(config.system.tensorboard, AUTOCAST.get(config.training.precision), device)
     kernels.compiled(wait=True)  # numba and its code are part of a run too
+    step_kernels.compiled()
     runtime = anonymous_bytes()
     shadows = Footprint()
     data = open_data()
-    with shadows:
+    with _idle_loops(), shadows, _Loader(config) as training_loader, _Loader(config) as ranking_loader:
         trainer = Trainer(config, data.store, data.layout, data.embeddings, data.splits, None, _Silent(), device)
         _lighten(trainer, shadows)
-        training, parts = _follow_training(trainer, shadows)
+        training, parts = _follow_training(trainer, shadows, training_loader)
         with shadows.blocks(parts.get(KERNELS, 0)):
-            phases = [training, _follow_evaluation(trainer, shadows, data.splits.valid, "validation")]
-            phases += [_follow_save(trainer, shadows, parts), _follow_evaluation(trainer, shadows, data.splits.test, "test")]
+            phases = [training, _follow_evaluation(trainer, shadows, ranking_loader, data.splits.valid, "validation")]
+            phases += [_follow_save(trainer, shadows, parts)]
+            phases += [_follow_evaluation(trainer, shadows, ranking_loader, data.splits.test, "test")]
             phases += [_follow_baselines(trainer, shadows)] if config.eval.baselines else []
     phases = [phase._replace(memory=phase.memory + runtime) for phase in phases]
     return Estimate(
@@ -200,6 +206,18 @@ def _notes(config: Config) -> tuple[str, ...]:
     return tuple(notes)
 
 
+@contextmanager
+def _idle_loops() -> Iterator[None]:
+    """The compiled loops of a step do nothing: shadows have no values. What they are given, and what they spare torch, stays."""
+    real = step_kernels.compiled
+    idle = None if real() is None else step_kernels.StepKernels(*[lambda *_: 0.0] * len(step_kernels.StepKernels._fields))
+    step_kernels.compiled = lambda: idle
+    try:
+        yield
+    finally:
+        step_kernels.compiled = real
+
+
 class _Silent:
     """A logger that says nothing: what the trainer says belongs to the run."""
 
@@ -208,6 +226,36 @@ class _Silent:
 
     def warn_once(self, text: str) -> None:
         """Nothing."""
+
+
+class _Loader:
+    """A thread that makes batches, as the run has them: its arena of malloc keeps what making them once took."""
+
+    def __init__(self, config: Config) -> None:
+        self._pool = ThreadPoolExecutor(1) if config.data.num_workers else None
+        self._ready = config.data.prefetch_batches if config.data.num_workers else 0
+
+    def __enter__(self) -> _Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def make(self, build: Callable[[], tuple]) -> tuple:
+        """What `build` returns."""
+        return build() if self._pool is None else self._pool.submit(build).result()
+
+    @contextmanager
+    def hold(self, shadows: Footprint, num_bytes: int, how_many: int) -> Iterator[int]:
+        """What is made ahead waits: as many as the settings say of `how_many` pieces of num_bytes. Gives the bytes.
+
+        Most of it stays in the thread's arena of malloc for good.
+        """
+        ahead = num_bytes * min(self._ready, how_many - 1)
+        shadows.keep(min(ahead, ARENA_BYTES))
+        with shadows.blocks(max(0, ahead - ARENA_BYTES)):
+            yield ahead
 
 
 def _lighten(trainer: Trainer, shadows: Footprint) -> None:
@@ -247,18 +295,19 @@ def _enlarged(tree, many: int, wanted: int):
     return tree_map_only(Tensor, lambda t: torch.empty(scaled(len(t)), *t.shape[1:], dtype=t.dtype), tree)
 
 
-def _follow_training(trainer: Trainer, shadows: Footprint) -> tuple[Phase, dict[str, int]]:
+def _follow_training(trainer: Trainer, shadows: Footprint, loader: _Loader) -> tuple[Phase, dict[str, int]]:
     """The peak over some batches, the largest among them, and what it consists of."""
-    batch_bytes, ahead, before = 0, [], None
+    batch_bytes, before = 0, None
     trainer.order.start_epoch(0)
     trainer.model.train()
+    if trainer.device.type == "cpu":
+        keep_freed_memory(torch.get_num_threads())
     shadows.mark()
     for number in _some_batches(trainer):
-        built, scratch = _built(trainer, number)
+        built = _built(trainer, loader, number)
         if before is not None:  # what batches share, such as the features of the whole catalogue, is there once
             batch_bytes = max(batch_bytes, tensor_bytes((built, before)) - tensor_bytes(before))
-            ahead = _ahead(trainer, batch_bytes, scratch, trainer.order.num_batches)
-        with _loaders(shadows, ahead):
+        with loader.hold(shadows, batch_bytes, trainer.order.num_batches) as ahead:
             trainer._update(*move(built, trainer.device))
         before = built
     model, parts = trainer.model, {}
@@ -267,8 +316,8 @@ def _follow_training(trainer: Trainer, shadows: Footprint) -> tuple[Phase, dict[
     parts[DENSE] = tensor_bytes(list(model.parameters())) - parts[TABLE]
     parts[DENSE_STATE] = tensor_bytes(trainer.optimizer.state_dict())
     cuda = trainer.device.type == "cuda"
-    parts[ACTIVATIONS] = (shadows.cuda_peak if cuda else shadows.live_peak - sum(ahead)) - sum(parts.values())
-    parts[BATCHES] = sum(ahead) + tensor_bytes(before)
+    parts[ACTIVATIONS] = (shadows.cuda_peak if cuda else shadows.live_peak - ahead) - sum(parts.values())
+    parts[BATCHES] = ahead + tensor_bytes(before)
     if shadows.products and not cuda:
         shapes = len(shadows.products) * trainer.total_steps / min(STEPS, trainer.total_steps)
         parts[KERNELS] = int(min(shapes, MOST_KERNELS)) * KERNEL_BYTES
@@ -287,24 +336,14 @@ def _some_batches(trainer: Trainer) -> list[int]:
     return list(dict.fromkeys([*numbers[: STEPS // 2], *largest]))[:STEPS]
 
 
-def _built(trainer: Trainer, number: int) -> tuple[tuple, int]:
-    """A batch of the epoch, on the CPU, and the bytes that its making takes besides."""
+def _built(trainer: Trainer, loader: _Loader, number: int) -> tuple:
+    """A batch of the epoch, on the CPU."""
     device, trainer.device = trainer.device, torch.device("cpu")  # nothing is pinned here
-    try:
-        return _traced(lambda: trainer._build(number))
+    whole = trainer.config.loss.name == "full_softmax" and trainer.store.num_items >= WHOLE_CATALOGUE
+    try:  # shadows, which a part of the catalogue is enlarged to, can be made in this thread alone
+        return trainer._build(number) if whole else loader.make(lambda: trainer._build(number))
     finally:
         trainer.device = device
-
-
-def _traced(make: Callable[[], object]) -> tuple:
-    """What `make` returns, and the most bytes that numpy and Python held for it besides."""
-    tracemalloc.start()
-    try:
-        made = make()
-        now, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    return made, peak - now
 
 
 def tensor_bytes(tree) -> int:
@@ -316,7 +355,10 @@ def tensor_bytes(tree) -> int:
 def _follow_save(trainer: Trainer, shadows: Footprint, parts: dict[str, int]) -> Phase:
     """A checkpoint: tensors on the CPU are written from where they lie; from a GPU they are copied first. The ids' digest makes text."""
     sample = SimpleNamespace(raw_item_ids=trainer.store.raw_item_ids, num_known_items=min(10_000, trainer.store.num_known_items))
-    text = _traced(lambda: known_items_digest(sample))[1] / max(1, sample.num_known_items)
+    tracemalloc.start()
+    known_items_digest(sample)
+    text = tracemalloc.get_traced_memory()[1] / max(1, sample.num_known_items)
+    tracemalloc.stop()
     copies = [parts[name] for name in (TABLE, TABLE_STATE, DENSE, DENSE_STATE) if trainer.device.type == "cuda"]
     shadows.mark()
     with shadows.blocks(text * min(DIGEST_ITEMS, trainer.store.num_known_items)):
@@ -326,7 +368,7 @@ def _follow_save(trainer: Trainer, shadows: Footprint, parts: dict[str, int]) ->
 
 
 @torch.no_grad()
-def _follow_evaluation(trainer: Trainer, shadows: Footprint, split: Split, name: str) -> Phase:
+def _follow_evaluation(trainer: Trainer, shadows: Footprint, loader: _Loader, split: Split, name: str) -> Phase:
     """All candidates encoded, then the batch with the longest users ranked."""
     config, device = trainer.config, trainer.device
     shadows.mark()
@@ -334,13 +376,13 @@ def _follow_evaluation(trainer: Trainer, shadows: Footprint, split: Split, name:
     trainer.model.eval()
     ids = ranker.candidate_ids
     encoded = torch.empty(len(ids), config.model.hidden_units, device=device)
-    chunk, scratch = _traced(lambda: trainer.columns.items(ids[:ITEM_CHUNK]))
-    with _loaders(shadows, _ahead(trainer, tensor_bytes(chunk), scratch, -(-len(ids) // ITEM_CHUNK))):
+    chunk = loader.make(lambda: trainer.columns.items(ids[:ITEM_CHUNK]))
+    with loader.hold(shadows, tensor_bytes(chunk), -(-len(ids) // ITEM_CHUNK)):
         trainer.model.encode_items(move(chunk, device))
     catalogue = prepare_catalogue(encoded)
     longest = np.argsort(split.end - split.begin, kind="stable")[-config.eval.eval_batch_size :]
-    built, scratch = _traced(lambda: _evaluation_batch(trainer, split, longest))
-    with _loaders(shadows, _ahead(trainer, tensor_bytes(built), scratch, -(-split.num_samples // config.eval.eval_batch_size))):
+    built = loader.make(lambda: _evaluation_batch(trainer, split, longest))
+    with loader.hold(shadows, tensor_bytes(built), -(-split.num_samples // config.eval.eval_batch_size)):
         batch, features = move(built, device)
         every_query, _ = trainer.model(batch, features)
         query = every_query.index_select(0, batch.lengths.cumsum(0) - 1)
@@ -353,20 +395,6 @@ def _follow_evaluation(trainer: Trainer, shadows: Footprint, split: Split, name:
 def _evaluation_batch(trainer: Trainer, split: Split, samples: np.ndarray) -> tuple:
     batch = BatchBuilder(trainer.store, split, trainer.config.model.max_seq_length).evaluation(samples)
     return batch, trainer.columns.gather(batch.unique_ids.numpy(), batch.users.numpy())
-
-
-def _ahead(trainer: Trainer, num_bytes: int, scratch: int, how_many: int) -> list[int]:
-    """Blocks of what background threads have made ahead, and of what they need to make more. num_bytes: of one of `how_many`."""
-    data = trainer.config.data
-    return [num_bytes] * min(data.prefetch_batches, how_many - 1) + [scratch] * data.num_workers if data.num_workers else []
-
-
-@contextmanager
-def _loaders(shadows: Footprint, blocks: list[int]) -> Iterator[None]:
-    """Hold what background threads hold. Their arenas of malloc keep what they once had, up to ARENA_BYTES."""
-    shadows.keep(min(sum(blocks), ARENA_BYTES))
-    with shadows.blocks(max(0, sum(blocks) - ARENA_BYTES)):
-        yield
 
 
 def _follow_baselines(trainer: Trainer, shadows: Footprint) -> Phase:
@@ -432,7 +460,9 @@ def _table_remedies(config: Config, data: Data, parts: dict[str, int]) -> Iterat
     width = (model.embedding_dim or model.hidden_units) // 2
     others += [{"embedding_dim": width}] if width and model.item_tower != "sum" else []
     others += [{"feature_width": "auto"}] if model.item_tower != "sum" else []
-    smaller = tuple(max(2 + n, rows // 2) for n, rows in enumerate(model.hash_rows))  # different numbers, as they must be
+    smaller: tuple[int, ...] = ()
+    for rows in model.hash_rows:
+        smaller += (next(n for n in count(max(2, rows // 2)) if n not in smaller),)  # different numbers, as they must be
     others += [{"hash_rows": smaller or (max(2, data.store.num_items // 4),)}]
     for values in others:
         layout = TableLayout.from_store(data.store, with_values(config, **values).model)
