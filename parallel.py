@@ -186,7 +186,7 @@ def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
     total = None
     for part in parts:
         if part is not None:
-            total = part if total is None else total.add_(part)
+            total = part if total is None else total + part  # not in place: autograd may give one tensor to two parameters
     return total
 
 

@@ -4,8 +4,8 @@ Must not know models or settings. Numba compiles them as in kernels.py; where it
 torch's operations, which give the same up to rounding (dropout: other masks). Unlike the loader's loops, whose results are the same bit
 for bit, these are waited for: a run must not change its arithmetic on the way.
 
-Measured, one core of a Zen 3, the baseline's setting, torch's operations against these: BCE 8.2 ms, 2.5; update of 69,594 rows of width 32
-10.5 ms, 3.5; four dropouts forward and backward 10 ms, 2.
+Measured, one core of a Zen 3 beside other work, torch's operations against these: update of some 69,600 rows of width 32 10.5 ms, 5.3; a
+dropout of 102,400 entries .31 ms, .08; BCE of 12,800 tokens of width 32 4.8 ms, 4.7 (experiments/2026-11-25-pieces.md).
 
 Legend: N tokens, D width, M items, K negatives a token, R touched rows, E table width, Z entries.
 """
