@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -230,14 +231,8 @@ def _bce_forward(query, item_emb, pos_index, neg_index, chunk, with_grad):
 
     tensors = query.detach(), items, pos_index, neg_index
     fast = step_kernels.compiled() if all(t.device.type == "cpu" for t in tensors) and query.dtype == items.dtype == torch.float32 else None
-
-    def fast_job(piece: Piece) -> tuple[Tensor, Tensor | None]:
-        grad_item = torch.zeros(items.shape) if with_grad else torch.empty(0, 0)
-        grads = (grad_query if with_grad else grad_item).numpy(), grad_item.numpy()
-        arrays = [t.contiguous().numpy() for t in tensors]
-        return torch.tensor(
-            fast.bce(*arrays, *piece, 1 / max(1, num_tokens), 1 / max(1, num_tokens * num_negatives), with_grad, *grads)
-        ), grad_item if with_grad else None
+    if fast:
+        return _fast_bce(fast, *(t.contiguous().numpy() for t in tensors), with_grad)
 
     def job(piece: Piece) -> tuple[Tensor, Tensor | None]:
         grad_item = torch.zeros(items.shape, dtype=dtype, device=query.device) if with_grad else None
@@ -259,5 +254,21 @@ def _bce_forward(query, item_emb, pos_index, neg_index, chunk, with_grad):
         return loss, grad_item
 
     pieces = [Piece(0, num_tokens)] if query.is_cuda else halves(row_pieces(num_tokens))
-    losses, grads = zip(*run([partial(fast_job if fast else job, piece) for piece in pieces]))
+    losses, grads = zip(*run([partial(job, piece) for piece in pieces]))
     return sum(losses), grad_query, _total(grads)
+
+
+def _fast_bce(fast, query, items, pos_index, neg_index, with_grad):
+    """`_bce_forward` by compiled loops over numpy arrays: pieces of tokens first, then pieces of the items' gradients."""
+    num_tokens, num_negatives = neg_index.shape
+    grad_query, grad_items = (torch.empty(array.shape if with_grad else (0, 0)) for array in (query, items))
+    factors = np.empty((num_tokens, 1 + num_negatives) if with_grad else (0, 0), np.float32)
+    shares = 1 / max(1, num_tokens), 1 / max(1, num_tokens * num_negatives)
+    arrays, outs = (query, items, pos_index, neg_index), (grad_query.numpy(), factors)
+    losses = run([partial(fast.bce, *arrays, *piece, *shares, with_grad, *outs) for piece in row_pieces(num_tokens)])
+    loss = torch.tensor(sum(losses), dtype=torch.float32)
+    if not with_grad:
+        return loss, None, None
+    arrays = query, pos_index, neg_index, factors
+    run([partial(fast.bce_items, *arrays, *piece, grad_items.numpy()) for piece in row_pieces(len(items))])
+    return loss, grad_query, grad_items

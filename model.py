@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dataset import Batch
 from embedding import JointTable, RowProjection
 from features import Dense, FeatureInputs, SideInputs, TableLayout
-from layers import BACKBONES, Dropout, Packing, TimeFeatures, pick
+from layers import BACKBONES, Dropout, Packing, TimeFeatures, gather_tokens, pick
 from parallel import in_pieces, row_pieces
 from schema import NUM_ACTION_TYPES
 
@@ -126,7 +126,7 @@ class Recommender(nn.Module):
             user = user + self.user_projection(self.table.lookup("user", users), users)
         # Token n stands for unique item item_index[n], or for the user owner[n]: one gather from both.
         source = torch.where(batch.positions == 0, batch.owner + history.shape[0], batch.item_index)
-        x = torch.cat((history, user.to(history.dtype))).index_select(0, source)  # (N, D)
+        x = gather_tokens(history, user, source)  # (N, D)
         if x.is_cuda or not torch.is_grad_enabled():
             return self._encode_tokens(x, batch.action_types, batch.timestamps, Packing.from_batch(batch))
         pieces = Packing.in_pieces(batch)

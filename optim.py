@@ -145,7 +145,17 @@ def gradient_norm(tensors: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients taken together, the table's rows included: a 0-d float32 tensor; not finite if any value is."""
     if not tensors:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]))
+    parts = [part for tensor in tensors for part in _row_parts(tensor)]
+    groups = [parts[start::NUM_PIECES] for start in range(min(NUM_PIECES, len(parts)))]
+    norms = [norm.float() for group in run([partial(torch._foreach_norm, group) for group in groups]) for norm in group]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _row_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensor in pieces of rows, for several cores, where it is large."""
+    if tensor.is_cuda or tensor.dim() < 2:
+        return [tensor]
+    return [tensor[begin:end] for begin, end in row_pieces(len(tensor))]
 
 
 def clip_scale(norm: Tensor, gradient_clip: float) -> Tensor | float:

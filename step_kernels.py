@@ -1,4 +1,4 @@
-"""Compiled loops of the training step on CPU: dropout, BCE with its gradients, row-wise updates. One pass over memory each.
+"""Compiled loops of the training step on CPU: dropout, BCE with its gradients, gathers, row-wise updates. One pass over memory each.
 
 Must not know models or settings. Numba compiles them as in kernels.py; where it is missing, `compiled()` is None and the callers take
 torch's operations, which give the same up to rounding (dropout: other masks). Unlike the loader's loops, whose results are the same bit
@@ -28,6 +28,9 @@ class StepKernels(NamedTuple):
 
     dropout: Callable
     bce: Callable
+    bce_items: Callable
+    gather: Callable
+    scatter: Callable
     rowwise: Callable
 
 
@@ -53,17 +56,16 @@ def _dropout(x, out, state, cut, scale):
         bits >>= _16
 
 
-def _bce(query, items, pos_index, neg_index, begin, end, pos_share, neg_share, with_grad, grad_query, grad_items):
+def _bce(query, items, pos_index, neg_index, begin, end, pos_share, neg_share, with_grad, grad_query, factors):
     """losses.bce_loss of tokens begin:end, each logit times its share.
 
-    Gradients: rows of grad_query (N, D) are set, grad_items (M, D) is added to.
+    Set for these tokens: grad_query (N, D), and factors (N, 1 + K), the gradients of the logits, the positive's first.
     """
     loss, width = 0.0, query.shape[1]
     for token in range(begin, end):
         q = query[token]
         for column in range(-1, neg_index.shape[1]):
-            index = pos_index[token] if column < 0 else neg_index[token, column]
-            v = items[index]
+            v = items[pos_index[token] if column < 0 else neg_index[token, column]]
             logit = np.float32(0.0)
             for d in range(width):
                 logit += q[d] * v[d]
@@ -75,14 +77,50 @@ def _bce(query, items, pos_index, neg_index, begin, end, pos_share, neg_share, w
             if with_grad:
                 sigmoid = 1.0 / (1.0 + small) if wrong >= 0 else small / (1.0 + small)
                 factor = np.float32(-share * sigmoid if column < 0 else share * sigmoid)
-                grad, item_grad = grad_query[token], grad_items[index]
+                factors[token, column + 1] = factor
+                grad = grad_query[token]
                 if column < 0:
-                    grad[:] = np.float32(0.0)
-                for d in range(width):  # one output a loop: more of them might overlap, and would not run in vectors
-                    grad[d] += factor * v[d]
-                for d in range(width):
-                    item_grad[d] += factor * q[d]
+                    for d in range(width):
+                        grad[d] = factor * v[d]
+                else:
+                    for d in range(width):
+                        grad[d] += factor * v[d]
     return loss
+
+
+def _bce_items(query, pos_index, neg_index, factors, begin, end, grad_items):
+    """Rows begin:end of grad_items (M, D) are set to the sums of factor times query over the logits with that item, token by token."""
+    grad_items[begin:end] = np.float32(0.0)
+    width = query.shape[1]
+    for token in range(len(query)):
+        for column in range(-1, neg_index.shape[1]):
+            index = pos_index[token] if column < 0 else neg_index[token, column]
+            if begin <= index < end:
+                q, grad, factor = query[token], grad_items[index], factors[token, column + 1]
+                for d in range(width):
+                    grad[d] += factor * q[d]
+
+
+def _gather(first, second, index, begin, end, out):
+    """out[begin:end] = rows index[begin:end] of first (M, D) and second (B, D), one below the other."""
+    num, width = len(first), first.shape[1]
+    for n in range(begin, end):
+        place, to = index[n], out[n]
+        row = first[place] if place < num else second[place - num]
+        for d in range(width):
+            to[d] = row[d]
+
+
+def _scatter(grad, index, begin, end, first, out):
+    """Rows begin:end of out (M, D) are set to the sums of the rows n of grad (N, D) with index[n] - first in that range, in order."""
+    out[begin:end] = np.float32(0.0)
+    width = grad.shape[1]
+    for n in range(len(index)):
+        place = index[n] - first
+        if begin <= place < end:
+            row, to = grad[n], out[place]
+            for d in range(width):
+                to[d] += row[d]
 
 
 def _rowwise(weight, second, rows, grad, values, begin, end, lr, scale, beta2, eps, l2_emb, shrink, adagrad):
@@ -112,6 +150,9 @@ def _rowwise(weight, second, rows, grad, values, begin, end, lr, scale, beta2, e
 _SIGNATURES = {
     _dropout: "f4[:] F4[:] u8 u8 f4",
     _bce: "f4[:,:] f4[:,:] i8[:] i8[:,:] i8 i8 f8 f8 b F4[:,:] F4[:,:]",
+    _bce_items: "f4[:,:] i8[:] i8[:,:] f4[:,:] i8 i8 F4[:,:]",
+    _gather: "f4[:,:] f4[:,:] i8[:] i8 i8 F4[:,:]",
+    _scatter: "f4[:,:] i8[:] i8 i8 i8 F4[:,:]",
     _rowwise: "F4[:,:] F4[:] i8[:] f4[:,:] f4[:,:] i8 i8 f4 f4 f4 f4 f4 f4 b",
 }
 

@@ -8,7 +8,7 @@ import torch
 import kernels
 import step_kernels
 from embedding import Touched
-from layers import Dropout
+from layers import Dropout, gather_tokens
 from losses import bce_loss
 from optim import TableOptimizer
 
@@ -85,3 +85,14 @@ def test_dropout_keeps_its_share_and_repeats_no_mask() -> None:
     assert abs(share - 0.8) < 0.004 and not torch.equal(kept, again)  # 5 standard deviations
     lanes = kept.view(-1, 4).float()
     assert (lanes.T.corrcoef() - torch.eye(4)).abs().max() < 0.02 and abs((kept & again).float().mean().item() - 0.64) < 0.005
+
+
+@pytest.mark.parametrize("num", [0, 3, 5000])
+def test_gathered_tokens_and_their_gradients(num: int) -> None:
+    first, second = torch.randn(700, 6, requires_grad=True), torch.randn(40, 6, requires_grad=True)
+    index, grad = torch.randint(0, 740, (num,)), torch.randn(num, 6)
+    found = gather_tokens(first, second, index)
+    expected = torch.cat((first, second)).index_select(0, index)
+    assert torch.equal(found, expected)
+    for mine, true in zip(torch.autograd.grad(found, (first, second), grad), torch.autograd.grad(expected, (first, second), grad)):
+        torch.testing.assert_close(mine, true)
