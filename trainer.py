@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +157,7 @@ class Trainer:
         self._valid_metrics: dict = {}
         self.loss_sum, self.loss_count = 0.0, 0  # since the last log line
         self.stop_signal = 0
+        self.ranker_of: Callable[[Ranker], Ranker] | None = None  # of the model's ranker makes the one that evaluates: an ensemble's
         self._shares: list[_Share] = []  # of the update that is being made, a batch each
 
     # What only training needs is made when it is first asked for: an evaluation holds no moments.
@@ -338,7 +339,7 @@ class Trainer:
 
     def _ranker(self) -> Ranker:
         config = self.config
-        return Ranker(
+        ranker = Ranker(
             self.model,
             self.columns,
             self.candidates,
@@ -348,6 +349,7 @@ class Trainer:
             prefetch_batches=config.data.prefetch_batches,
             temperature=config.loss.temperature if config.loss.name != "bce" else 1.0,
         )
+        return self.ranker_of(ranker) if self.ranker_of else ranker
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the model as it is: hr@k, ndcg@k, score and loss."""
@@ -431,6 +433,8 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         loaded = checkpoints.load_checkpoint(path, with_trainer=True)
         check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
+        if "averaged" in loaded.meta:
+            raise UserError(f"--resume: {path} is a mean of checkpoints, without an optimiser's state. Start anew with --state_dict_path.")
         self._check_resumable(loaded.meta, path)
         state = loaded.trainer_state
         self.model.load_state_dict(loaded.model_state)
