@@ -196,6 +196,18 @@ def test_resume_refuses_another_average_or_grouping_and_takes_older_checkpoints(
     make_trainer(tmp_path / "c", resume_from=start, num_epochs=3).fit()
 
 
+def test_a_resumed_run_takes_the_options_given_now(tmp_path):
+    more = {"optimizer": "muon", "num_epochs": 3}
+    make_trainer(tmp_path / "a", **more).fit()
+    start = checkpoints.list_checkpoints(tmp_path / "a")[0]
+    trainer = make_trainer(tmp_path / "b", resume_from=start, weight_decay=0.5, adam_beta1=0.5, muon_momentum=0.6, **more)
+    trainer.fit()
+    groups = trainer.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups if group["params"]][:2] == [0.5, 0.0]
+    assert groups[0]["betas"] == (0.5, 0.98) and {group["momentum"] for group in groups[2:]} == {0.6}
+    assert trainer.table_optimizer.weight_decay == 0.5
+
+
 def test_muon_learns(tmp_path):
     from tiny import tiny_store
 
