@@ -135,8 +135,8 @@ class TrainingConfig(_Group):
     lr_gamma: float = setting(0.5, "step: factor of each drop.", above=0, maximum=1)
     accumulate_steps: int = setting(1, "Batches whose gradients make one update, each target counting the same; steps count updates.",
                                     unit="batches", minimum=1)  # fmt: skip
-    ema_decay: float = setting(0.0, "Decay of an average of the weights over the updates, which is evaluated and saved in model.pt; .999 spans"
-                               " some 1,000 updates. It needs a second joint table, a third while evaluating or saving. 0 = off.",
+    ema_decay: float = setting(0.0, "Decay of an average of the weights over the updates, which is evaluated and saved in model.pt; .999"
+                               " spans some 1,000 updates. It needs a second joint table, a third while evaluating or saving. 0 = off.",
                                minimum=0, below=1)  # fmt: skip
     gradient_clip: float = setting(1.0, "Largest norm of the gradient, all weights and touched rows together; 0 = off.", minimum=0,
                                    aliases=("grad_clip",))  # fmt: skip

@@ -2,9 +2,9 @@
 
 Must not choose splits, parse flags or train.
 
-How scores are combined. Members may differ in settings, width and loss; what they share is the items' numbering. The scores of an ensemble
-for user u and item i are a sum over members m of f_m(u) q_m(u) . v_m(i), which is one inner product of concatenated vectors, with the
-factors in the query: retrieval.py ranks them exactly, seen items removed, as it does one model's. So f may depend on the user, not on the item:
+How scores are combined. Members may differ in settings, width and loss; what they share is the items' numbering. The score of user u and
+item i is a sum over members m of f_m(u) q_m(u) . v_m(i), which is one inner product of concatenated vectors, with the factors in the
+query: retrieval.py ranks them exactly, seen items removed, as it does one model's. So f may depend on the user, not on the item:
   "softmax": f_m = weight_m / temperature_m, the mean of the log-softmaxes. Their normalisers depend on the user alone and move no rank, so
     no sum over items is needed. A member that separates a user's items more sharply counts more for that user.
   "zscore": f_m(u) = weight_m / (standard deviation of m's scores of u over the candidates). Every member counts the same for every user,

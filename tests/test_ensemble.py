@@ -222,8 +222,8 @@ def run_combine(*flags, cwd):
 def evaluated(world, path, *flags):
     """metrics.json of main.py --inference_only; logs/of-<number>/eval-<time>."""
     log = f"evals/{len(list((world.folder / 'evals').glob('*')))}"
-    done = run_main("--config", "small.yaml", "--data_path", "data", "--log_path", log, "--inference_only", "--state_dict_path", path, *flags,
-                    cwd=world.folder)  # fmt: skip
+    places = ("--data_path", "data", "--log_path", log)
+    done = run_main("--config", "small.yaml", *places, "--inference_only", "--state_dict_path", path, *flags, cwd=world.folder)
     assert done.status == 0, done.err
     (file,) = (world.folder / log).glob("eval-*/metrics.json")
     return json.loads(file.read_text()), done.out

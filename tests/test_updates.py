@@ -15,7 +15,8 @@ SETTINGS = [
     {"optimizer": "muon"},
     {"ema_decay": 0.7},
     {"accumulate_steps": 2},
-    {"accumulate_steps": 3, "ema_decay": 0.9, "optimizer": "muon", "feature_width": "auto", "table_optimizer": "adam", "activation": "swiglu"},
+    {"accumulate_steps": 3, "ema_decay": 0.9, "optimizer": "muon", "feature_width": "auto", "table_optimizer": "adam",
+     "activation": "swiglu"},
     {"optimizer": "muon", "table_lr_scheduler": "constant", "table_warmup_steps": 3, "muon_lr_scheduler": "step", "muon_warmup_steps": 0,
      "warmup_steps": 2, "precision": "fp16", "accumulate_steps": 2},
 ]  # fmt: skip
@@ -94,7 +95,8 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path, optimizer):
     settings = {"name": "full_softmax", "dropout_rate": 0.0, "length_buckets": False, "optimizer": optimizer, "table_optimizer": "adam"}
     large = make_trainer(tmp_path / "large", batch_size=12, **settings)
     small = make_trainer(tmp_path / "small", batch_size=4, accumulate_steps=3, **settings)
-    lengths = [small.builder.training(small.order.samples(n), 0, n).target_index.shape[0] for n in range(3) if not small.order.start_epoch(0)]
+    small.order.start_epoch(0)
+    lengths = [small.builder.training(small.order.samples(n), 0, n).target_index.shape[0] for n in range(3)]
     assert len(set(lengths)) > 1  # batches weigh differently
     large.fit(), small.fit()
     assert large.step == small.step == 8
