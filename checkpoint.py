@@ -453,12 +453,7 @@ def link(root: Path, name: str, checkpoint: Path) -> Path:
     temporary = final.with_name(f"{TEMPORARY}{name}-{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)
-        try:
-            os.link(target, temporary)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL):
-                raise
-            _copy(target, temporary)
+        link_or_copy(target, temporary)
         os.rename(temporary, final)
         fsync_folder(final.parent)
     except BaseException as error:
@@ -466,6 +461,16 @@ def link(root: Path, name: str, checkpoint: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)  # rename does nothing where both names are one file already
     return final
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system has them, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL):
+            raise
+        _copy(source, target)
 
 
 def _copy(source: Path, target: Path) -> None:

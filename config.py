@@ -110,8 +110,13 @@ class TrainingConfig(_Group):
     batch_size: int = setting(128, "Users in a training batch.", unit="users", minimum=1, env="BATCH_SIZE")
     num_epochs: int = setting(3, "Passes over the training users.", unit="epochs", minimum=1, env="NUM_EPOCHS")
     learning_rate: float = setting(1e-3, "Highest learning rate.", above=0, env="LEARNING_RATE", aliases=("lr",))
-    optimizer: str = setting("adamw", "Optimiser of all weights but the joint table.", choices=("adam", "adamw"))
-    weight_decay: float = setting(1e-5, "Weight decay of adamw; in the joint table it acts on the rows touched by a step only.", minimum=0)
+    optimizer: str = setting("adamw", "Optimiser of all weights but the joint table; muon: of the matrices of sequence encoder and towers,"
+                             " adamw for the rest.", choices=("adam", "adamw", "muon"))  # fmt: skip
+    muon_learning_rate: float = setting(0.02, "muon: highest learning rate of the matrices; times the root of outputs / inputs where"
+                                        " a matrix has more outputs.", above=0)  # fmt: skip
+    muon_momentum: float = setting(0.95, "muon: decay of the momentum.", minimum=0, below=1)
+    weight_decay: float = setting(1e-5, "Weight decay of adamw and muon; in the joint table it acts on the rows touched by a step only.",
+                                  minimum=0)  # fmt: skip
     l2_emb: float = setting(0.0, "L2 penalty of the joint table; it acts on the rows touched by a step only.", minimum=0)
     adam_beta1: float = setting(0.9, "Adam's decay of the first moment.", minimum=0, below=1)
     adam_beta2: float = setting(0.98, "Adam's decay of the second moment.", minimum=0, below=1)
@@ -121,9 +126,18 @@ class TrainingConfig(_Group):
     lr_scheduler: str = setting("cosine", "Course of the learning rate after the warm-up; none = constant.",
                                 choices=("cosine", "step", "constant"), value_aliases={"none": "constant"})  # fmt: skip
     warmup_steps: int = setting(0, "Steps over which the learning rate rises at the start.", unit="steps", minimum=0)
-    min_lr_ratio: float = setting(0.1, "Where cosine ends, relative to learning_rate.", minimum=0, maximum=1)
+    table_lr_scheduler: str = setting("same", "lr_scheduler of the joint table.", choices=("same", "cosine", "step", "constant"))
+    table_warmup_steps: int = setting(-1, "warmup_steps of the joint table; -1 = the same.", unit="steps", minimum=-1)
+    muon_lr_scheduler: str = setting("same", "lr_scheduler of muon's matrices.", choices=("same", "cosine", "step", "constant"))
+    muon_warmup_steps: int = setting(-1, "warmup_steps of muon's matrices; -1 = the same.", unit="steps", minimum=-1)
+    min_lr_ratio: float = setting(0.1, "Where cosine ends, relative to the highest learning rate.", minimum=0, maximum=1)
     lr_step_epochs: int = setting(1, "step: epochs between drops.", unit="epochs", minimum=1)
     lr_gamma: float = setting(0.5, "step: factor of each drop.", above=0, maximum=1)
+    accumulate_steps: int = setting(1, "Batches whose gradients make one update, each target counting the same; steps count updates.",
+                                    unit="batches", minimum=1)  # fmt: skip
+    ema_decay: float = setting(0.0, "Decay of an average of the weights over the updates, which is evaluated and saved in model.pt; .999"
+                               " spans some 1,000 updates. It needs a second joint table, a third while evaluating or saving. 0 = off.",
+                               minimum=0, below=1)  # fmt: skip
     gradient_clip: float = setting(1.0, "Largest norm of the gradient, all weights and touched rows together; 0 = off.", minimum=0,
                                    aliases=("grad_clip",))  # fmt: skip
     precision: str = setting("fp32", "Arithmetic of the forward pass.", choices=("fp32", "bf16", "fp16"))
@@ -135,6 +149,15 @@ class TrainingConfig(_Group):
                              " ignored. 0 = off.", unit="steps", minimum=0)  # fmt: skip
     save_every_steps: int = setting(0, "A checkpoint every so many steps inside an epoch too; 0 = off.", unit="steps", minimum=0)
     keep_last_k: int = setting(3, "Newest checkpoints kept, besides the best; 0 = all.", unit="checkpoints", minimum=0)
+
+    def schedule(self, group: str) -> tuple[str, int]:
+        """(scheduler, warm-up steps) of a group of weights: dense, table or muon."""
+        scheduler, warmup = (getattr(self, f"{group}_{key}", default) for key, default in (("lr_scheduler", "same"), ("warmup_steps", -1)))
+        return self.lr_scheduler if scheduler == "same" else scheduler, self.warmup_steps if warmup < 0 else warmup
+
+    def schedules(self) -> set[str]:
+        """The schedulers that some group of weights follows."""
+        return {self.schedule(group)[0] for group in ("dense", "table", "muon") if group != "muon" or self.optimizer == "muon"}
 
 
 @dataclass(frozen=True)
@@ -535,8 +558,10 @@ def warnings_for(config: Config) -> list[str]:
         (not model.hash_rows, ("hashed_features",), "with model.hash_rows []"),
         (not model.hashed_features, ("hash_rows",), "with model.hashed_features []"),
         (t.optimizer == "adam" and t.weight_decay > 0, ("weight_decay",), "with training.optimizer adam"),
-        (t.lr_scheduler != "cosine", ("min_lr_ratio",), f"with training.lr_scheduler {t.lr_scheduler}"),
-        (t.lr_scheduler != "step", ("lr_step_epochs", "lr_gamma"), f"with training.lr_scheduler {t.lr_scheduler}"),
+        (t.optimizer != "muon", ("muon_learning_rate", "muon_momentum", "muon_lr_scheduler", "muon_warmup_steps"),
+         f"with training.optimizer {t.optimizer}"),
+        ("cosine" not in t.schedules(), ("min_lr_ratio",), f"with training.lr_scheduler {t.lr_scheduler}"),
+        ("step" not in t.schedules(), ("lr_step_epochs", "lr_gamma"), f"with training.lr_scheduler {t.lr_scheduler}"),
         (t.max_steps > 0, ("num_epochs", "patience"), "with training.max_steps above 0"),
         (config.data.num_workers == 0, ("prefetch_batches",), "with data.num_workers 0"),
         (ev.protocol == "leave_one_out", ("holdout_fraction", "target"), "with eval.protocol leave_one_out"),

@@ -101,6 +101,8 @@ class RowProjection(nn.Module):
     are (E = D).
     """
 
+    matrix_stacks = ("weights",)  # muon.py
+
     def __init__(self, layout: TableLayout, side: str, width: int, project: bool) -> None:
         super().__init__()
         fields = layout.side(side)

@@ -42,6 +42,7 @@ DIGEST_ITEMS = 1 << 20  # items whose ids are text at once in known_items_digest
 # oneDNN (in torch 2.13, CPU) keeps a kernel of each shape of bfloat16 product: measured, whatever the shape, 610 KiB, 1,024 of them.
 KERNEL_BYTES, MOST_KERNELS = 610 << 10, 1024
 TABLE, TABLE_STATE, DENSE, DENSE_STATE = "table", "state of the table", "dense weights", "state of the dense weights"
+AVERAGE = "average of the weights"
 ACTIVATIONS, BATCHES, KERNELS = "activations, gradients", "batches built ahead", "kernels of bfloat16 products"
 HOLES = "holes of the heap, arrays of the data"
 
@@ -173,8 +174,9 @@ def estimate_run(config: Config, open_data: Callable[[], Data], device: torch.de
         _lighten(trainer, shadows)
         training, parts = _follow_training(trainer, shadows, training_loader)
         with shadows.blocks(parts.get(KERNELS, 0)):
-            phases = [training, _follow_evaluation(trainer, shadows, ranking_loader, data.splits.valid, "validation")]
-            phases += [_follow_save(trainer, shadows, parts)]
+            with trainer.updates.averaged():
+                phases = [training, _follow_evaluation(trainer, shadows, ranking_loader, data.splits.valid, "validation")]
+                phases += [_follow_save(trainer, shadows, parts)]
             phases += [_follow_evaluation(trainer, shadows, ranking_loader, data.splits.test, "test")]
             phases += [_follow_baselines(trainer, shadows)] if config.eval.baselines else []
     phases = [phase._replace(memory=phase.memory + runtime) for phase in phases]
@@ -185,7 +187,7 @@ def estimate_run(config: Config, open_data: Callable[[], Data], device: torch.de
         parts=parts,
         phases=tuple(phases),
         maps=map_bytes(data.store, data.embeddings),
-        checkpoint=sum(parts[name] for name in (TABLE, TABLE_STATE, DENSE, DENSE_STATE)),
+        checkpoint=sum(saved_bytes(parts)),
         num_checkpoints=num_checkpoints(config, trainer.order.num_batches),
         machine=read_machine(Path(config.paths.checkpoint_path or "checkpoints"), device),
         remedies=_remedies(config, data, parts, phases),
@@ -297,7 +299,7 @@ def _enlarged(tree, many: int, wanted: int):
 
 def _follow_training(trainer: Trainer, shadows: Footprint, loader: _Loader) -> tuple[Phase, dict[str, int]]:
     """The peak over some batches, the largest among them, and what it consists of."""
-    batch_bytes, before = 0, None
+    batch_bytes, before, config = 0, None, trainer.config.training
     trainer.order.start_epoch(0)
     trainer.model.train()
     if trainer.device.type == "cpu":
@@ -308,6 +310,8 @@ def _follow_training(trainer: Trainer, shadows: Footprint, loader: _Loader) -> t
         if before is not None:  # what batches share, such as the features of the whole catalogue, is there once
             batch_bytes = max(batch_bytes, tensor_bytes((built, before)) - tensor_bytes(before))
         with loader.hold(shadows, batch_bytes, trainer.order.num_batches) as ahead:
+            for _ in range(config.accumulate_steps - 1):  # of batches like this one
+                trainer._accumulate(*move(built, trainer.device))
             trainer._update(*move(built, trainer.device))
         before = built
     model, parts = trainer.model, {}
@@ -315,6 +319,8 @@ def _follow_training(trainer: Trainer, shadows: Footprint, loader: _Loader) -> t
     parts[TABLE_STATE] = tensor_bytes(trainer.table_optimizer.state_dict())
     parts[DENSE] = tensor_bytes(list(model.parameters())) - parts[TABLE]
     parts[DENSE_STATE] = tensor_bytes(trainer.optimizer.state_dict())
+    if trainer.updates.average is not None:
+        parts[AVERAGE] = tensor_bytes(trainer.updates.average.state_dict())
     cuda = trainer.device.type == "cuda"
     parts[ACTIVATIONS] = (shadows.cuda_peak if cuda else shadows.live_peak - ahead) - sum(parts.values())
     parts[BATCHES] = ahead + tensor_bytes(before)
@@ -352,6 +358,12 @@ def tensor_bytes(tree) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
+def saved_bytes(parts: dict[str, int]) -> list[int]:
+    """Of what a checkpoint holds: with an average, the weights twice, as they are averaged and as they are trained on."""
+    more = [parts[AVERAGE], parts[TABLE], parts[DENSE]] if AVERAGE in parts else []
+    return [parts[name] for name in (TABLE, TABLE_STATE, DENSE, DENSE_STATE)] + more
+
+
 def _follow_save(trainer: Trainer, shadows: Footprint, parts: dict[str, int]) -> Phase:
     """A checkpoint: tensors on the CPU are written from where they lie; from a GPU they are copied first. The ids' digest makes text."""
     sample = SimpleNamespace(raw_item_ids=trainer.store.raw_item_ids, num_known_items=min(10_000, trainer.store.num_known_items))
@@ -359,7 +371,7 @@ def _follow_save(trainer: Trainer, shadows: Footprint, parts: dict[str, int]) ->
     known_items_digest(sample)
     text = tracemalloc.get_traced_memory()[1] / max(1, sample.num_known_items)
     tracemalloc.stop()
-    copies = [parts[name] for name in (TABLE, TABLE_STATE, DENSE, DENSE_STATE) if trainer.device.type == "cuda"]
+    copies = saved_bytes(parts) if trainer.device.type == "cuda" else []
     shadows.mark()
     with shadows.blocks(text * min(DIGEST_ITEMS, trainer.store.num_known_items)):
         pass
@@ -454,6 +466,8 @@ def _table_remedies(config: Config, data: Data, parts: dict[str, int]) -> Iterat
     """(setting, bytes it saves) of the table and its state."""
     model, whole = config.model, table_bytes(data.layout)
     held = (parts[TABLE] + parts[TABLE_STATE]) / whole  # bytes for each byte of the table
+    if AVERAGE in parts:
+        yield "ema_decay to 0", parts[AVERAGE]
     if config.training.table_optimizer == "adam":
         yield "table_optimizer to rowwise_adam", parts[TABLE_STATE] - 4 * data.layout.num_rows
     others = [{"user_id": False}] if model.user_id else []

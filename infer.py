@@ -1,4 +1,4 @@
-"""The competition's inference: a checkpoint and EVAL_DATA_PATH in, ten creative ids for every user out.
+"""The competition's inference: a checkpoint (or an ensemble of several) and EVAL_DATA_PATH in, ten creative ids for every user out.
 
 Needs the checkpoint folder and EVAL_DATA_PATH, nothing else: no config.yaml, no training data, no flags.
 """
@@ -16,13 +16,11 @@ import numpy as np
 import torch
 
 from candidates import normalise_id
-from checkpoint import load_checkpoint
-from config import Config
 from dataset import predict_split
+from ensemble import ENSEMBLE, read_ensemble
 from errors import UserError, run_cli
 from evaluate import Ranker, Ranking
-from features import FeatureColumns, TableLayout, known_items_digest
-from model import Recommender
+from features import known_items_digest
 from schema import Schema
 from store import open_store
 
@@ -38,28 +36,17 @@ def infer() -> tuple[list[list[int | str]], list[str]]:
     """
     model_path, data_path = _folder("MODEL_OUTPUT_PATH", "the checkpoint's folder"), _folder("EVAL_DATA_PATH", "the data to predict")
     result_path = os.environ.get("EVAL_RESULT_PATH") or ""
-    loaded = load_checkpoint(_checkpoint_in(model_path), with_trainer=False)
-    meta = loaded.meta
-    config, layout, embeddings = (
-        Config.from_dict(meta["config"], f"{loaded.path}/meta.json"),
-        TableLayout.from_list(meta["layout"]),
-        tuple(meta["embeddings"]),
-    )
-    schema = Schema.from_dict(meta["schema"], f"{loaded.path}/meta.json")
+    ensemble = read_ensemble(_checkpoint_in(model_path))
+    config = ensemble.members[0].config
+    embeddings = tuple(dict.fromkeys(name for member in ensemble.members for name in member.embeddings))
     cache_path = os.environ.get("USER_CACHE_PATH") or (os.path.join(result_path, "cache") if result_path else "./cache")
     store = open_store(data_path, Path(cache_path), kind="predict", embeddings=embeddings, max_bad_lines=config.data.max_bad_lines)
-    _check_fit(store, meta, schema, loaded.path, data_path)
+    for member in ensemble.members:
+        _check_fit(store, member.meta, member.schema, member.path, data_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Recommender(config.model, layout, {i: schema[i].width for i in embeddings}, schema.has_time)
-    model.load_state_dict(loaded.model_state)
-    ranker = Ranker(
-        model.to(device),
-        FeatureColumns(store, layout, embeddings),
-        np.asarray(store.candidate_item_ids),
-        device=device,
-        batch_size=config.eval.eval_batch_size,
-        num_workers=max(1, config.data.num_workers),
-    )
+    options = {"batch_size": config.eval.eval_batch_size, "num_workers": max(1, config.data.num_workers)}
+    candidates = np.asarray(store.candidate_item_ids)
+    ranker = ensemble.ranker([member.ranker(store, candidates, device, **options) for member in ensemble.members])
     ranking = ranker.rank(predict_split(store), ANSWERS, remove_seen=True, fill=True, keep_queries=bool(result_path))
     if result_path:
         write_baseline_files(Path(result_path), store, ranker, ranking)
@@ -79,8 +66,8 @@ def _folder(variable: str, what: str) -> Path:
 
 
 def _checkpoint_in(path: Path) -> Path:
-    """The platform may name the checkpoint's folder, a file in it, or a folder that holds one checkpoint."""
-    if path.is_file() or (path / "meta.json").exists():
+    """The platform may name the folder of a checkpoint or an ensemble, a file in it, or a folder that holds one checkpoint."""
+    if path.is_file() or (path / "meta.json").exists() or (path / ENSEMBLE).exists():
         return path
     inside = sorted(folder for folder in path.glob("global_step*") if folder.is_dir())
     if len(inside) == 1:

@@ -144,6 +144,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.attention_dropout = num_heads, attention_dropout
         self.qkv = nn.Linear(width, 3 * width)
+        self.qkv.fused = 3  # matrices in one: muon.py
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, packing: Packing, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -170,6 +171,7 @@ class FeedForward(nn.Module):
         self.activation = activation
         inner = max(1, round(width * multiplier * (2 / 3 if activation == "swiglu" else 1)))
         self.inner = nn.Linear(width, inner * (2 if activation == "swiglu" else 1))
+        self.inner.fused = 2 if activation == "swiglu" else 1  # matrices in one: muon.py
         self.out = nn.Linear(inner, width)
         self.dropout = Dropout(dropout_rate)
 

@@ -22,8 +22,10 @@ import torch
 import checkpoint as checkpoints
 from config import Config, warnings_for, with_values
 from dataset import make_splits
+from ensemble import Member, read_ensemble
 from errors import UserError, run_cli
 from estimate import Data, estimate_run
+from evaluate import Ranker
 from features import TableLayout, choose_embeddings
 from logger import RunLogger, peak_rss_gib
 from report import write_report
@@ -117,7 +119,8 @@ def estimate(arguments: ParsedArguments) -> int:
 
 def evaluate_checkpoint(arguments: ParsedArguments) -> int:
     """--inference_only: the checkpoint's model on the test split of the present data and evaluation settings."""
-    loaded = checkpoints.load_checkpoint(arguments.options.state_dict_path, with_trainer=False)
+    ensemble = read_ensemble(arguments.options.state_dict_path)
+    loaded, others = ensemble.members[0].checkpoint, ensemble.members[1:]
     config = with_demo_data(settings_of_checkpoint(arguments, loaded.meta, loaded.path))
     device = choose_device(config)
     run = prepare_eval(config.paths, run_name=config.system.run_name)
@@ -133,7 +136,11 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
             )
         write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
         trainer.model.load_state_dict(loaded.model_state)
-        write_test_metrics(trainer, loaded)
+        if others:
+            rankers = [ranker_of_member(arguments, member, trainer) for member in others]
+            trainer.ranker_of = lambda ranker: ensemble.ranker([ranker, *rankers])
+            logger.say(f"ensemble of {1 + len(others)} models, scores combined by {ensemble.scores}")
+        write_test_metrics(trainer, loaded._replace(path=ensemble.path))
         write_status(run.log_dir, "finished", loaded.meta["step"])
         logger.say(f"metrics: {run.log_dir / 'metrics.json'}; report: {write_report(run.log_dir)}")
         return 0
@@ -142,6 +149,27 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
         raise
     finally:
         logger.close()
+
+
+def ranker_of_member(arguments: ParsedArguments, member: Member, trainer: Trainer) -> Ranker:
+    """A further member of an ensemble as a ranker of the trainer's candidates, on its own view of the same data.
+
+    UserError where it was trained on users that the first member held out.
+    """
+    config = with_demo_data(settings_of_checkpoint(arguments, member.meta, member.path))
+    held_out = SPLIT_SETTINGS if config.eval.protocol == "holdout" else SPLIT_SETTINGS[:1]
+    different = [
+        f"{key}: {trainer.config.get(key)} there, {config.get(key)} here" for key in held_out if trainer.config.get(key) != config.get(key)
+    ]
+    if different:
+        raise UserError(
+            f"{member.path}: other users were held out than for the ensemble's first model ({'; '.join(different)}): "
+            "it would be tested on users it was trained on.\nCombine models of one split; inference takes any."
+        )
+    data = open_data(config, lambda _: None)
+    check_compatible(member.meta, config, data.layout, data.embeddings, member.path)
+    options = {"batch_size": config.eval.eval_batch_size, "num_workers": config.data.num_workers}
+    return member.ranker(data.store, trainer.candidates, trainer.device, prefetch_batches=config.data.prefetch_batches, **options)
 
 
 # Settings that a checkpoint brings along besides the model group: they decide which users it has never seen.

@@ -1,4 +1,4 @@
-"""Optimisers: row-wise updates of the joint table, Adam and AdamW for the rest, one gradient norm for both, schedules.
+"""Optimisers: row-wise updates of the joint table, Adam, AdamW or Muon for the rest, one gradient norm for both, schedules.
 
 Must not know of data or files.
 
@@ -8,6 +8,7 @@ Legend: R rows touched in a step, E table width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import step_kernels
 from embedding import JointTable, Touched
+from muon import Muon, MuonAdamW, find_matrices
 from parallel import MIN_ROWS, NUM_PIECES, row_pieces, run
 
 CHUNK_ENTRIES = 1 << 21  # entries updated at a time on CPU: bounds the temporaries at 8 MiB each; smaller is no faster
@@ -122,6 +124,24 @@ class TableOptimizer:
             mine.copy_(saved)
 
 
+def merge_touched(table: JointTable, batches: list[list[Touched]]) -> list[Touched]:
+    """The touched rows of an update's batches, each row once with the sum of its gradients: one batch's as they are, else one a part.
+
+    The table must not have changed between the batches' lookups.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    merged = []
+    for number, part in enumerate(table.parts):
+        entries = [entry for batch in batches for entry in batch if entry.part == number]
+        if entries:
+            rows, place = torch.unique(torch.cat([entry.rows for entry in entries]), return_inverse=True)
+            leaf = part.detach().index_select(0, rows)
+            leaf.grad = torch.zeros_like(leaf).index_add_(0, place, torch.cat([entry.leaf.grad for entry in entries]))
+            merged.append(Touched(number, rows, leaf))
+    return merged
+
+
 def _put_rows(matrix: Tensor, rows: Tensor, values: Tensor) -> None:
     """matrix[rows] = values, for (R,) distinct rows; on CPU two float32 at a time: two thirds of the time."""
     if not matrix.is_cuda and matrix.dtype == torch.float32 and matrix.shape[1] % 2 == 0:
@@ -129,16 +149,33 @@ def _put_rows(matrix: Tensor, rows: Tensor, values: Tensor) -> None:
     matrix.index_copy_(0, rows, values)
 
 
-def dense_optimizer(model: nn.Module, kind: str, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
-    """Adam, or AdamW with decay on matrices only (norms, biases and vectors are left alone), for all parameters but the table's."""
+def dense_optimizer(
+    model: nn.Module,
+    kind: str,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    matrix_modules: Iterable[nn.Module] = (),
+    muon_lr: float = 0.02,
+    muon_momentum: float = 0.95,
+) -> torch.optim.Optimizer | MuonAdamW:
+    """Adam, or AdamW with decay on matrices only (norms, biases and vectors are left alone), for all parameters but the table's.
+
+    "muon": the matrices within matrix_modules (muon.find_matrices) by Muon, the rest by AdamW.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if kind == "adam":
         return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+    matrices = find_matrices(matrix_modules) if kind == "muon" else []
+    taken = {id(entry.weight) for entry in matrices}
+    parameters = [p for p in parameters if id(p) not in taken]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return MuonAdamW(adamw, Muon(matrices, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay)) if kind == "muon" else adamw
 
 
 def gradient_norm(tensors: list[Tensor]) -> Tensor:

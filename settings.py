@@ -28,7 +28,8 @@ class Options:
 
     resume: bool = setting(False, "Go on with the newest unfinished run.")
     resume_path: Path | None = setting(None, "Go on with the run or checkpoint at this path.")
-    state_dict_path: Path | None = setting(None, "Start from a checkpoint's weights: its folder, its model.pt or a link to it.")
+    state_dict_path: Path | None = setting(None, "Start from a checkpoint's weights: its folder, its model.pt or a link to it;"
+                                           " with inference_only also an ensemble's folder.")  # fmt: skip
     inference_only: bool = setting(False, "Evaluate the checkpoint of --state_dict_path on the test split, without training.")
     estimate: bool = setting(False, "Say how much memory and disk the run will take and whether it fits, and stop.")
     overwrite: bool = setting(False, "Let a new run write into another run's folder.")

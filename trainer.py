@@ -11,10 +11,11 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,20 +26,22 @@ from baselines import Baselines
 from candidates import read_candidates
 from config import Config
 from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
+from embedding import Touched
 from errors import RunError, UserError
 from evaluate import Ranker, baseline_metrics, move, split_metrics
 from features import FeatureColumns, FeatureInputs, TableLayout, known_items_digest
 from logger import RunLogger, rss_gib
 from losses import bce_loss, log_expected_count, softmax_loss
 from model import Recommender
-from optim import LossScaler, TableOptimizer, clip_scale, dense_optimizer, gradient_norm, learning_rate_factor
+from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_touched
 from parallel import cores, keep_freed_memory
 from runs import RunPaths, write_status, write_text_atomic
+from updates import Updates
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Settings that decide which samples form which batch: a run that goes on with others would repeat or lose users.
-ORDER_SETTINGS = ("seed", "batch_size", "length_buckets", "max_seq_length", "protocol", "holdout_fraction")
-OPTIMIZER_SETTINGS = ("optimizer", "table_optimizer")
+ORDER_SETTINGS = ("seed", "batch_size", "accumulate_steps", "length_buckets", "max_seq_length", "protocol", "holdout_fraction")
+OPTIMIZER_SETTINGS = ("optimizer", "table_optimizer", "ema_decay")
 # Settings that change neither losses nor metrics, so that a resumed run need not say that they changed.
 FREE_SETTINGS = frozenset(
     "num_workers prefetch_batches chunk_size max_bad_lines device num_threads log_every_steps tensorboard run_name keep_last_k "
@@ -109,6 +112,15 @@ def candidate_ids(config: Config, store) -> tuple[np.ndarray, int]:
     return np.unique(ids[ids > 0]), int((ids == 0).sum())
 
 
+class _Share(NamedTuple):
+    """What one batch gives to an update, besides the dense gradients, which add up in place."""
+
+    num_targets: int
+    loss: Tensor  # mean over the targets
+    touched: list[Touched]
+    users: Tensor  # (B,)
+
+
 class Trainer:
     """One run of training over a store; `fit` trains, `test` writes metrics.json."""
 
@@ -138,12 +150,15 @@ class Trainer:
             logger.say(
                 f"candidates: {len(self.candidates):,} are ranked; {self.num_cold_candidates:,} are unknown in training and left out"
             )
-        self.total_steps = training.max_steps or self.order.num_batches * training.num_epochs
+        self.steps_per_epoch = -(-self.order.num_batches // training.accumulate_steps)  # the last one of an epoch may have fewer batches
+        self.total_steps = training.max_steps or self.steps_per_epoch * training.num_epochs
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and updates done
         self.best_value, self.best_name, self.evaluations_since_best, self.evaluated_step = math.nan, "", 0, -1
         self._valid_metrics: dict = {}
         self.loss_sum, self.loss_count = 0.0, 0  # since the last log line
         self.stop_signal = 0
+        self.ranker_of: Callable[[Ranker], Ranker] | None = None  # of the model's ranker makes the one that evaluates: an ensemble's
+        self._shares: list[_Share] = []  # of the update that is being made, a batch each
 
     # What only training needs is made when it is first asked for: an evaluation holds no moments.
 
@@ -152,17 +167,16 @@ class Trainer:
         return TrainingLoss(self.config, self.store, self.splits.train, self.device)
 
     @cached_property
-    def optimizer(self) -> torch.optim.Optimizer:
-        training = self.config.training
-        betas = (training.adam_beta1, training.adam_beta2)
-        return dense_optimizer(self.model, training.optimizer, lr=training.learning_rate, betas=betas, weight_decay=training.weight_decay)
+    def updates(self) -> Updates:
+        return Updates(self.model, self.config.training, self.total_steps, self.steps_per_epoch)
 
-    @cached_property
+    @property
+    def optimizer(self):
+        return self.updates.optimizer
+
+    @property
     def table_optimizer(self) -> TableOptimizer:
-        training = self.config.training
-        decay = training.weight_decay if training.optimizer == "adamw" else 0.0
-        betas = (training.adam_beta1, training.adam_beta2)
-        return TableOptimizer(self.model.table, training.table_optimizer, betas=betas, weight_decay=decay, l2_emb=training.l2_emb)
+        return self.updates.table_optimizer
 
     @cached_property
     def _item_ids_digest(self) -> str:
@@ -172,8 +186,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end, or until a signal or the patience stops it; evaluates and saves on the way."""
-        if self.config.training.warmup_steps >= self.total_steps:
-            self.logger.warn_once(f"warmup_steps {self.config.training.warmup_steps} is no less than the run's {self.total_steps} steps.")
+        for line in self.updates.too_long_warmups():
+            self.logger.warn_once(line)
         if self.run.resume_from is not None:
             self._resume(self.run.resume_from)
         with self._signals_noted():
@@ -187,7 +201,8 @@ class Trainer:
     def _train_epoch(self) -> None:
         """The rest of the present epoch, from self.batch on; then evaluation and a checkpoint."""
         self.order.start_epoch(self.epoch)
-        last = min(self.order.num_batches, self.batch + self.total_steps - self.step)
+        group = self.config.training.accumulate_steps
+        last = min(self.order.num_batches, self.batch + (self.total_steps - self.step) * group)
         built = prefetch(self._build, range(self.batch, last), self.config.data.num_workers, self.config.data.prefetch_batches)
         self._start_clock()
         self.model.train()
@@ -196,9 +211,13 @@ class Trainer:
                 before = time.perf_counter()
                 batch, features = move(next(built), self.device)
                 self._waited += time.perf_counter() - before
-                self._update(batch, features)
-                self.batch, self.step = self.batch + 1, self.step + 1
+                self.batch += 1
                 self._users += batch.users.shape[0]
+                if self.batch % group and self.batch < last:
+                    self._accumulate(batch, features)
+                    continue
+                self._update(batch, features)
+                self.step += 1
                 if self.step % self.config.system.log_every_steps == 0 or self.step == self.total_steps:
                     self._log_line()
                 if self.stop_signal:
@@ -235,60 +254,56 @@ class Trainer:
         built = batch, self.columns.gather(batch.unique_ids.numpy(), batch.users.numpy(), transposed=self.device.type == "cpu")
         return move(built, self.device, pin=True) if self.device.type == "cuda" else built
 
-    def _update(self, batch: Batch, features: FeatureInputs) -> None:
-        """One step: forward, backward, one norm over dense and sparse gradients, then all updates."""
-        training = self.config.training
+    def _accumulate(self, batch: Batch, features: FeatureInputs) -> None:
+        """Forward and backward of one of the update's batches.
+
+        A batch weighs as much as it has targets, so that each target of an update counts the same, as it would in one large batch. With
+        length_buckets batches differ several times in length: the mean of their means would favour the targets of users with few events.
+        """
         with self._autocast():
             query, item_emb = self.model(batch, features)
         loss = self.loss(query, item_emb, batch)
-        (loss * self.scaler.scale).backward()
+        num_targets = batch.target_index.shape[0]
+        weight = num_targets / (self._shares[0].num_targets if self._shares else num_targets)  # about 1, for float16's sake
+        (loss * (self.scaler.scale * weight)).backward()
         touched = [entry for entry in self.model.table.pop_touched() if entry.leaf.grad is not None]
+        self._shares.append(_Share(num_targets, loss.detach().float(), touched, batch.users))
+
+    def _update(self, batch: Batch, features: FeatureInputs) -> None:
+        """The update's last (or only) batch: forward, backward, one norm over dense and sparse gradients, then all updates."""
+        self._accumulate(batch, features)
+        shares, self._shares = self._shares, []
+        touched = merge_touched(self.model.table, [share.touched for share in shares])
         grads = [p.grad for p in self.model.parameters() if p.grad is not None] + [entry.leaf.grad for entry in touched]
-        loss_scale = self.scaler.scale
+        weights = [share.num_targets / shares[0].num_targets for share in shares]
+        loss_scale = self.scaler.scale * sum(weights)
         norm = gradient_norm(grads) / loss_scale
         # The one sync point of a step: no update may follow a gradient that is not finite.
-        loss_value, self._last_norm = torch.stack((loss.detach().float(), norm)).tolist()
+        *losses, self._last_norm = torch.stack((*(share.loss for share in shares), norm)).tolist()
+        loss_value = sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
         finite = math.isfinite(self._last_norm) and math.isfinite(loss_value)
         if self.scaler.enabled:
             self.scaler.update(finite)
         if not finite and not (self.scaler.enabled and self.scaler.scale >= 1.0):
-            self._report_not_finite(batch, loss_value)
+            worst = next((share for share, loss in zip(shares, losses) if not math.isfinite(loss)), shares[-1])
+            self._report_not_finite(worst.users, loss_value)
         if finite:
-            factor = self.learning_rate_factor(self.step)
-            scale = clip_scale(norm, training.gradient_clip) / loss_scale
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = training.learning_rate * factor
-            self.optimizer.step()
-            self.table_optimizer.begin_step()
-            for entry in touched:
-                self.table_optimizer.step(entry, (training.table_learning_rate or training.learning_rate) * factor, scale)
+            self.updates.apply(touched, clip_scale(norm, self.config.training.gradient_clip) / loss_scale, self.step)
             self.loss_sum, self.loss_count = self.loss_sum + loss_value, self.loss_count + 1
         self.optimizer.zero_grad(set_to_none=True)
 
     def learning_rate_factor(self, step: int) -> float:
-        training = self.config.training
-        return learning_rate_factor(
-            step,
-            schedule=training.lr_scheduler,
-            warmup_steps=training.warmup_steps,
-            total_steps=self.total_steps,
-            min_lr_ratio=training.min_lr_ratio,
-            gamma=training.lr_gamma,
-            steps_per_drop=training.lr_step_epochs * self.order.num_batches,
-        )
+        return self.updates.learning_rate_factor(step, "dense")
 
     def _autocast(self):
         dtype = AUTOCAST.get(self.config.training.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
-    def _report_not_finite(self, batch: Batch, loss: float) -> None:
-        """Raise RunError before anything is updated, naming tensors and samples."""
+    def _report_not_finite(self, rows: Tensor, loss: float) -> None:
+        """Raise RunError before anything is updated, naming tensors and samples; rows: the batch's users (B,)."""
         bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         weights = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
-        users = ", ".join(self.store.raw_user_ids.take(batch.users[:5].cpu().numpy()))
+        users = ", ".join(self.store.raw_user_ids.take(rows[:5].cpu().numpy()))
         tensors = ", ".join(["weights of " + name for name in weights] + ["gradient of " + name for name in bad][:5]) or "rows of the table"
         raise RunError(
             f"step {self.step + 1}, epoch {self.epoch}: loss {loss}, gradient norm {self._last_norm}; stopped before the update.\n"
@@ -324,7 +339,7 @@ class Trainer:
 
     def _ranker(self) -> Ranker:
         config = self.config
-        return Ranker(
+        ranker = Ranker(
             self.model,
             self.columns,
             self.candidates,
@@ -334,6 +349,7 @@ class Trainer:
             prefetch_batches=config.data.prefetch_batches,
             temperature=config.loss.temperature if config.loss.name != "bce" else 1.0,
         )
+        return self.ranker_of(ranker) if self.ranker_of else ranker
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the model as it is: hr@k, ndcg@k, score and loss."""
@@ -343,7 +359,8 @@ class Trainer:
 
     def _validate(self) -> tuple[float, bool]:
         """Evaluate on the validation split; returns (loss, whether it is the best so far)."""
-        metrics = self.evaluate(self.splits.valid)
+        with self.updates.averaged():
+            metrics = self.evaluate(self.splits.valid)
         name = self.config.eval.best_metric
         value = metrics[name]
         better = value < self.best_value if name in LOWER_IS_BETTER else value > self.best_value
@@ -371,11 +388,13 @@ class Trainer:
     def save(self, valid_loss: float | None) -> Path:
         """Write a checkpoint of this very moment, update the links, remove what is not to be kept."""
         root = self.run.checkpoint_dir
+        with self.updates.averaged():
+            model_state = self.model.state_dict()
         path = checkpoints.save_checkpoint(
             root,
             step=self.step,
             valid_loss=valid_loss,
-            model_state=self.model.state_dict(),
+            model_state=model_state,
             trainer_state=self._trainer_state(),
             meta=self._meta(),
         )
@@ -388,8 +407,7 @@ class Trainer:
 
     def _trainer_state(self) -> dict:
         return {name: getattr(self, name) for name in PROGRESS} | {
-            "optimizer": self.optimizer.state_dict(),
-            "table_optimizer": self.table_optimizer.state_dict(),
+            **self.updates.state_dict(),
             "scaler": self.scaler.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -415,11 +433,12 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         loaded = checkpoints.load_checkpoint(path, with_trainer=True)
         check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
+        if "averaged" in loaded.meta:
+            raise UserError(f"--resume: {path} is a mean of checkpoints, without an optimiser's state. Start anew with --state_dict_path.")
         self._check_resumable(loaded.meta, path)
         state = loaded.trainer_state
         self.model.load_state_dict(loaded.model_state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.table_optimizer.load_state_dict(state["table_optimizer"])
+        self.updates.load_state_dict(state)
         self.scaler.__dict__.update(state["scaler"])
         for name in PROGRESS:
             setattr(self, name, state[name])
@@ -447,7 +466,8 @@ class Trainer:
             self.logger.warn_once(
                 f"the data's files are not the ones that {path.name} was trained on, but as many users and events; going on."
             )
-        saved, present = meta["config"], self.config.to_dict()
+        # What a setting that came later than the checkpoint would have been then: its default.
+        saved, present = Config.from_dict(meta["config"], f"{path}/meta.json").to_dict(), self.config.to_dict()
         changed = [key for group in ("training", "loss", "data", "eval", "system") for key in present[group] if key not in FREE_SETTINGS]
         changed = [key for key in changed if _leaf(saved, key) != _leaf(present, key)]
         if refused := [key for key in (*ORDER_SETTINGS, *OPTIMIZER_SETTINGS) if key in changed]:

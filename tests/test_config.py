@@ -248,6 +248,11 @@ def test_default_settings_warn_of_nothing() -> None:
     ({"name": "full_softmax", "num_negatives": 5, "in_batch_negatives": False},
      ["loss.num_negatives 5 ", "loss.in_batch_negatives false "]),
     ({"lr_step_epochs": 2}, ["training.lr_step_epochs 2 has no effect with training.lr_scheduler cosine."]),
+    ({"lr_step_epochs": 2, "table_lr_scheduler": "step"}, []),
+    ({"lr_scheduler": "constant", "min_lr_ratio": 0.5, "optimizer": "muon", "muon_lr_scheduler": "cosine"}, []),
+    ({"muon_momentum": 0.5}, ["training.muon_momentum 0.5 has no effect with training.optimizer adamw."]),
+    ({"muon_lr_scheduler": "step", "lr_gamma": 0.1}, ["training.muon_lr_scheduler 'step' has no effect with training.optimizer adamw.",
+                                                      "training.lr_gamma 0.1 has no effect with training.lr_scheduler cosine."]),
     ({"lr_scheduler": "step", "lr_step_epochs": 2, "lr_gamma": 0.1}, []),
     ({"lr_scheduler": "constant", "min_lr_ratio": 0.0}, ["training.min_lr_ratio 0.0 "]),
     ({"candidate_activation": True}, ["model.candidate_activation true has no effect with model.item_activation none."]),
@@ -279,3 +284,11 @@ def test_groups_can_be_made_alone() -> None:
     assert TrainingConfig(batch_size=4).batch_size == 4
     assert DataConfig(multimodal_features=[81]).multimodal_features == ("81",)
     assert EvalConfig(top_k=[30, 3]).top_k == (3, 10, 30)  # 10 is always reported
+
+
+def test_the_schedule_of_each_group() -> None:
+    training = TrainingConfig(lr_scheduler="step", warmup_steps=5, table_lr_scheduler="constant", muon_warmup_steps=0)
+    assert training.schedule("dense") == ("step", 5)
+    assert training.schedule("table") == ("constant", 5) and training.schedule("muon") == ("step", 0)
+    assert training.schedules() == {"step", "constant"}
+    assert TrainingConfig(muon_lr_scheduler="step").schedules() == {"cosine"}  # no muon

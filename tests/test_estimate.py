@@ -181,6 +181,7 @@ def test_the_flag() -> None:
 @pytest.mark.parametrize("values", [{"loss.name": name} for name in ("bce", "sampled_softmax", "full_softmax")] + [
     {"table_optimizer": "adam", "optimizer": "adam"}, {"table_optimizer": "rowwise_adagrad", "precision": "bf16"},
     {"gradient_checkpointing": True, "num_workers": 0}, {"position": "learned", "norm_first": False, "similarity": "dot", "user_id": True},
+    {"optimizer": "muon", "ema_decay": 0.9, "accumulate_steps": 3},
     {"item_tower": "sum", "logq": False, "baselines": False}, {"hash_rows": (7, 5), "feature_width": "auto"},
 ])  # fmt: skip
 def test_every_setting_can_be_followed(values: dict) -> None:
@@ -191,6 +192,19 @@ def test_every_setting_can_be_followed(values: dict) -> None:
     assert all(phase.memory >= found.runtime for phase in found.phases) and not found.cuda
     assert found.parts[estimate.TABLE] == sum(4 * (part.end - part.begin) * part.width for part in found.layout.parts)
     assert all(num >= 0 for num in found.parts.values()), found.parts
+
+
+def test_an_average_takes_a_second_table_and_a_third_while_it_is_used() -> None:
+    wide = {"embedding_dim": 64, "hash_rows": (1_000_000,)}
+    plain, averaged = of_tiny(**wide), of_tiny(**wide, ema_decay=0.9)
+    table, dense = plain.parts[estimate.TABLE], plain.parts[estimate.DENSE]
+    assert averaged.parts[estimate.AVERAGE] == table + dense and estimate.AVERAGE not in plain.parts
+    assert averaged.checkpoint == plain.checkpoint + 2 * (table + dense)
+    runtimes = averaged.runtime - plain.runtime
+    more = {a.name: (b.memory - a.memory - runtimes) / table for a, b in zip(plain.phases, averaged.phases)}
+    assert {name: round(tables, 1) for name, tables in more.items()} == {
+        "training": 1.0, "validation": 2.0, "checkpoint": 2.0, "test": 1.0, "baselines": 1.0}  # fmt: skip
+    assert any(remedy.setting == "ema_decay to 0" for remedy in averaged.remedies)
 
 
 def test_parts() -> None:

@@ -98,6 +98,7 @@ def text_of(value: object) -> list[str]:
 OTHER = {
     "backbone": "transformer", "hidden_units": 32, "activation": "relu", "position": "learned", "item_tower": "sum",
     "item_activation": "gelu", "similarity": "dot", "optimizer": "adam", "table_optimizer": "adam", "lr_scheduler": "step",
+    "table_lr_scheduler": "step", "muon_lr_scheduler": "step", "table_warmup_steps": 5, "muon_warmup_steps": 0,
     "precision": "bf16", "name": "bce", "multimodal_features": ("81", "82"), "protocol": "leave_one_out", "target": "last_click",
     "candidates": "/c", "top_k": (5, 20), "score_round": 2, "best_metric": "loss", "device": "cpu", "feature_width": "auto",
     "hash_rows": (64, 50), "hashed_features": ("user_id", "121"),
@@ -196,7 +197,7 @@ FLAG_MISTAKES = [
     (["--norm_first", "maybe"], "flag --norm_first: model.norm_first is 'maybe'; expected true or false."),
     (["--batch_size", "6.5"], "flag --batch_size: training.batch_size is '6.5'; expected a whole number, at least 1."),
     (["--lr", "nan"], "flag --lr: training.learning_rate is nan; expected a number, above 0."),
-    (["--optimizer", "adamm"], "flag --optimizer: training.optimizer is 'adamm'; expected one of adam, adamw (did you mean adam?)."),
+    (["--optimizer", "adamm"], "flag --optimizer: training.optimizer is 'adamm'; expected one of adam, adamw, muon (did you mean adam?)."),
     (
         ["--lr", "1", "--learning_rate", "1"],
         "flag --lr and flag --learning_rate are the same key, training.learning_rate; give one of them.",
@@ -271,7 +272,7 @@ YAML_MISTAKES = [
     ("training:\n  batch_size: {a: 1}\n", "config.yaml:2: training.batch_size is {'a': 1}; expected a whole number, at least 1."),
     ("model:\n  norm_first: 1\n", "config.yaml:2: model.norm_first is 1; expected true or false."),
     ("system:\n  run_name: 2024\n", "config.yaml:2: system.run_name is 2024; expected text without '/' that does not begin with '.'."),
-    ("training:\n  optimizer: sgd\n", "config.yaml:2: training.optimizer is 'sgd'; expected one of adam, adamw."),
+    ("training:\n  optimizer: sgd\n", "config.yaml:2: training.optimizer is 'sgd'; expected one of adam, adamw, muon."),
     ("model:\n  position: rop\n", "config.yaml:2: model.position is 'rop'; expected one of rope, learned, none (did you mean rope?)."),
     ("training: 3\n", "config.yaml:1: group training is 3; expected its keys, indented, one a line."),
     ("training:\n  - 3\n", "config.yaml:1: group training is [3]; expected its keys, indented, one a line."),
