@@ -37,7 +37,7 @@ from errors import RunError, UserError
 
 STATES = ("running", "finished", "failed", "interrupted")
 STATUS, TRAIN_LOG, LOCK = "status.json", "train.log", ".lock"
-_OWN_FILES = (STATUS, TRAIN_LOG, "metrics.json", "report.html", "command.txt", "environment.json", "config.resolved.yaml")
+_OWN_FILES = (STATUS, TRAIN_LOG, "metrics.json", "report.html", "ranks.npz", "command.txt", "environment.json", "config.resolved.yaml")
 _ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS", "MALLOC_ARENA_MAX", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip

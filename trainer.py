@@ -24,15 +24,26 @@ import checkpoint as checkpoints
 from baselines import Baselines
 from candidates import read_candidates
 from config import Config
-from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
+from dataset import (
+    Batch,
+    BatchBuilder,
+    NegativeSampling,
+    Split,
+    Splits,
+    TrainingOrder,
+    generator,
+    prefetch,
+    training_item_counts,
+)  # fmt: skip
 from errors import RunError, UserError
-from evaluate import Ranker, baseline_metrics, move, split_metrics
+from evaluate import Ranker, Ranking, baseline_metrics, move, split_metrics
 from features import FeatureColumns, FeatureInputs, TableLayout, known_items_digest
 from logger import RunLogger, rss_gib
 from losses import bce_loss, log_expected_count, softmax_loss
 from model import Recommender
 from optim import LossScaler, TableOptimizer, clip_scale, dense_optimizer, gradient_norm, learning_rate_factor
 from parallel import cores, keep_freed_memory
+from ranks import write_ranks
 from runs import RunPaths, write_status, write_text_atomic
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,6 +55,9 @@ FREE_SETTINGS = frozenset(
     "num_workers prefetch_batches chunk_size max_bad_lines device num_threads log_every_steps tensorboard run_name keep_last_k "
     "save_every_steps save_frequency gradient_checkpointing baselines eval_batch_size multimodal_features".split()
 )
+# Pairs of user and candidate over which the exact ranks of test targets are counted: a minute or so on two cores.
+MAX_RANKED_PAIRS = 20_000_000_000
+RANKED_KEY = 5  # first word of a generator's key
 LOWER_IS_BETTER = ("loss",)
 PROGRESS = ("epoch", "batch", "step", "best_value", "best_name", "evaluations_since_best", "evaluated_step", "loss_sum", "loss_count")
 
@@ -337,8 +351,14 @@ class Trainer:
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the model as it is: hr@k, ndcg@k, score and loss."""
+        return self.metrics_of(split, self.rank(split))
+
+    def rank(self, split: Split, ranks_of: np.ndarray | None = None) -> Ranking:
+        """A split ranked by the model as it is; ranks_of as in Ranker.rank."""
+        return self._ranker().rank(split, max(self.config.eval.top_k), self.config.eval.remove_seen, ranks_of=ranks_of)
+
+    def metrics_of(self, split: Split, ranking: Ranking) -> dict[str, float]:
         config = self.config.eval
-        ranking = self._ranker().rank(split, max(config.top_k), config.remove_seen)
         return split_metrics(self.store, split, ranking.topk_ids, config.top_k, config.score_round) | {"loss": ranking.loss}
 
     def _validate(self) -> tuple[float, bool]:
@@ -493,10 +513,22 @@ def check_compatible(meta: dict, config: Config, layout: TableLayout, embeddings
         raise UserError(f"{path}: a checkpoint of another model ({'; '.join(different)}).\nGive its settings, or another checkpoint.")
 
 
+def users_to_rank(num_users: int, num_candidates: int, seed: int) -> np.ndarray:
+    """(num_users,) bool: whose targets' exact ranks are counted; all, or as many as MAX_RANKED_PAIRS allows, drawn at random."""
+    most = max(1000, MAX_RANKED_PAIRS // max(1, num_candidates))
+    chosen = np.zeros(num_users, dtype=bool)
+    chosen[generator(RANKED_KEY, seed).permutation(num_users)[:most]] = True
+    return chosen
+
+
 def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> dict:
     """Evaluate the trainer's weights (the checkpoint's) on the test split, add the baselines, write metrics.json (flat), return it."""
     config = trainer.config.eval
-    metrics = trainer.evaluate(trainer.splits.test)
+    test = trainer.splits.test
+    asked = users_to_rank(test.num_samples, len(trainer.candidates), trainer.config.system.seed)
+    ranking = trainer.rank(test, asked)
+    metrics = trainer.metrics_of(test, ranking)
+    write_ranks(trainer.run.log_dir, test.users[asked], ranking.target_ranks[asked], ranking.topk_ids[asked])
     result = {
         "split": "test",
         "protocol": config.protocol,

@@ -19,7 +19,7 @@ WIDTH = 110  # a longer signature gets a line a parameter
 CHAIN = (
     "errors schema config settings plain_pickle kernels step_kernels parallel columns store_files sources sources_loops sources_jsonl "
     "sources_parquet sources_workers indexer item_table candidates multimodal store_build store dataset features embedding layers "
-    "losses metrics optim model retrieval baselines evaluate checkpoint logger runs report trainer sizes footprint machine estimate "
+    "losses metrics optim model retrieval baselines evaluate checkpoint ranks logger runs report trainer sizes footprint machine estimate "
     "reference benchmark_process benchmark_parts benchmark_child planted planted_features synthetic_files"
 ).split()
 # Scripts that people start and nothing imports.
