@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import checkpoint as checkpoints
+from board import write_start
 from config import Config, warnings_for, with_values
 from dataset import make_splits
 from errors import UserError, run_cli
@@ -77,6 +78,7 @@ def train(arguments: ParsedArguments) -> int:
         banner(logger, arguments, config, run, device)
         trainer = build_trainer(config, run, logger, device)
         write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
+        logger.draw(lambda writer: write_start(writer, dump_yaml(config)))
         if options.state_dict_path is not None and run.resume_from is None:
             load_weights(trainer, options.state_dict_path)
         logger.total_steps = trainer.total_steps

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import board
 import checkpoint as checkpoints
 from baselines import Baselines
 from candidates import read_candidates
@@ -44,7 +45,9 @@ from model import Recommender
 from optim import LossScaler, TableOptimizer, clip_scale, dense_optimizer, gradient_norm, learning_rate_factor
 from parallel import cores, keep_freed_memory
 from ranks import write_ranks
+from report_data import write_report_data
 from runs import RunPaths, write_status, write_text_atomic
+from slices import groups_of, quality, user_values
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Settings that decide which samples form which batch: a run that goes on with others would repeat or lose users.
@@ -53,7 +56,8 @@ OPTIMIZER_SETTINGS = ("optimizer", "table_optimizer")
 # Settings that change neither losses nor metrics, so that a resumed run need not say that they changed.
 FREE_SETTINGS = frozenset(
     "num_workers prefetch_batches chunk_size max_bad_lines device num_threads log_every_steps tensorboard run_name keep_last_k "
-    "save_every_steps save_frequency gradient_checkpointing baselines eval_batch_size multimodal_features".split()
+    "save_every_steps save_frequency gradient_checkpointing baselines eval_batch_size multimodal_features "
+    "tensorboard_histograms projector_items".split()
 )
 # Pairs of user and candidate over which the exact ranks of test targets are counted: a minute or so on two cores.
 MAX_RANKED_PAIRS = 20_000_000_000
@@ -363,18 +367,38 @@ class Trainer:
 
     def _validate(self) -> tuple[float, bool]:
         """Evaluate on the validation split; returns (loss, whether it is the best so far)."""
-        metrics = self.evaluate(self.splits.valid)
+        ranking = self.rank(self.splits.valid)
+        metrics = self.metrics_of(self.splits.valid, ranking)
         name = self.config.eval.best_metric
         value = metrics[name]
         better = value < self.best_value if name in LOWER_IS_BETTER else value > self.best_value
         # A value that is not a number (a score without weighted targets) is the best only until there is another.
         is_best = better or not self.best_name or (math.isnan(self.best_value) and not math.isnan(value))
         self.logger.eval_line(self.step, self.epoch, "valid", metrics, None if math.isnan(self.best_value) else {name: self.best_value})
+        self.logger.draw(
+            lambda writer: board.write_evaluation(writer, self.step, self.quality_of(self.splits.valid, ranking), self._drawn())
+        )
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         if is_best:
             self.best_value, self.best_name = float(value), checkpoints.checkpoint_name(self.step, metrics["loss"])
         self._valid_metrics, self.evaluated_step = metrics, self.step
         return metrics["loss"], is_best
+
+    def _drawn(self) -> torch.nn.Module | None:
+        """What TensorBoard's histograms show."""
+        return self.model if self.config.system.tensorboard_histograms else None
+
+    @cached_property
+    def item_counts(self) -> np.ndarray:
+        """Training events of each item, (num_items + 1,) int64."""
+        return training_item_counts(self.store, self.splits.train)
+
+    def quality_of(self, split: Split, ranking: Ranking) -> list[dict]:
+        """The rows of slices.quality of a ranked split."""
+        is_candidate = np.zeros(self.store.num_items + 1, dtype=bool)
+        is_candidate[self.candidates] = True
+        values = user_values(ranking.topk_ids, self.store.item_ids[split.target])
+        return quality(groups_of(self.store, split, self.item_counts, is_candidate), *values)
 
     def _out_of_patience(self) -> bool:
         training = self.config.training
@@ -547,4 +571,23 @@ def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> 
     # At the run's last step, not the checkpoint's: a reader of train.log takes an earlier step for a resumed run's.
     trainer.logger.eval_line(max(trainer.step, result["step"]), max(trainer.epoch, result["epoch"]), "test", result, None)
     write_text_atomic(trainer.run.log_dir / "metrics.json", json.dumps(checkpoints.plain_json(result), indent=1) + "\n")  # nan is null
+    write_report_data(
+        trainer.run.log_dir,
+        trainer.store,
+        trainer.splits,
+        ranking,
+        np.unique(trainer.candidates),
+        trainer.item_counts,
+        seed=trainer.config.system.seed,
+        embeddings=trainer.embeddings,
+    )
+    trainer.logger.draw(lambda writer: draw_result(writer, trainer, ranking, result))
     return result
+
+
+def draw_result(writer, trainer: Trainer, ranking: Ranking, metrics: dict) -> None:
+    """TensorBoard at the end of a run: hparams with the test metrics, and the item vectors for the projector."""
+    board.write_hparams(writer, trainer.config.to_dict(), metrics)
+    most, folder = trainer.config.system.projector_items, trainer.run.tensorboard_dir
+    if most:
+        board.write_projector(folder, trainer.store, np.unique(trainer.candidates), ranking.candidates, trainer.item_counts, most)
