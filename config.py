@@ -228,6 +228,9 @@ class SystemConfig(_Group):
     save_frequency: int = setting(1, "Epochs between checkpoints.", unit="epochs", minimum=1, aliases=("save_freq",))
     log_every_steps: int = setting(10, "Steps between log lines.", unit="steps", minimum=1)
     tensorboard: bool = setting(True, "Write TensorBoard event files.")
+    tensorboard_histograms: bool = setting(False, "Histograms of all weights in TensorBoard at each evaluation.")
+    projector_items: int = setting(2000, "Most popular items whose vectors TensorBoard's projector gets at the end; 0 = none.",
+                                   unit="items", minimum=0)  # fmt: skip
     run_name: str = setting("", "Name of the run, in the name of its folder.", expects="text without '/' that does not begin with '.'",
                             pattern=r"(?!\.)[^/\\\x00-\x1f]*")  # fmt: skip
 
@@ -565,7 +568,7 @@ def warnings_for(config: Config) -> list[str]:
         (t.max_steps > 0, ("num_epochs", "patience"), "with training.max_steps above 0"),
         (config.data.num_workers == 0, ("prefetch_batches",), "with data.num_workers 0"),
         (ev.protocol == "leave_one_out", ("holdout_fraction", "target"), "with eval.protocol leave_one_out"),
-        (not config.system.tensorboard, ("tensorboard_path",), "with system.tensorboard false"),
+        (not config.system.tensorboard, ("tensorboard_path", "tensorboard_histograms", "projector_items"), "with system.tensorboard false"),
     ]
     lines = [f"{KEYS[name].path} {show(config.get(name))} has no effect {why}."
              for holds, names, why in idle if holds for name in names if config.get(name) != KEYS[name].default]  # fmt: skip

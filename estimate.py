@@ -32,7 +32,8 @@ from machine import Machine, read_machine
 from parallel import keep_freed_memory
 from retrieval import prepare_catalogue
 from sizes import counting_bytes, map_bytes, ranking_bytes, recent_bytes, successor_bytes, table_bytes
-from trainer import AUTOCAST, Trainer, TrainingLoss
+from trainer import AUTOCAST, Trainer
+from training_loss import TrainingLoss
 
 STEPS = 6  # updates that are followed: most of the holes in the heap are there by then
 WHOLE_CATALOGUE = 200_000  # items whose features are gathered for real; of more (full softmax) so many stand for all

@@ -22,7 +22,7 @@ from dataset import BatchBuilder, Split, generator, prefetch
 from features import FeatureColumns
 from metrics import RankingMetrics, action_weights
 from model import Recommender
-from retrieval import Catalogue, prepare_catalogue, topk_exact
+from retrieval import Catalogue, prepare_catalogue, rank_targets, topk_exact
 
 ITEM_CHUNK = 16_384  # items encoded at once: keeps the tower's temporaries near 100 MiB at width 64
 LOSS_SAMPLE = 10_000  # candidates that stand for all in the validation loss
@@ -37,6 +37,7 @@ class Ranking(NamedTuple):
     loss: float  # mean cross-entropy of the targets among themselves and LOSS_SAMPLE fixed candidates; nan without targets
     candidates: Tensor  # (C, D) float32, in the order of Ranker.candidate_ids
     queries: np.ndarray  # (S, D) float32; (0, D) unless kept
+    target_ranks: np.ndarray  # (S,) int64, candidates before the target; -1 where it is no candidate or was not asked for
 
 
 def move(tree, device: torch.device, pin: bool = False):
@@ -102,10 +103,20 @@ class Ranker:
             yield samples, query.index_select(0, batch.lengths.cumsum(0) - 1)
 
     @torch.inference_mode()
-    def rank(self, split: Split, k: int, remove_seen: bool, *, fill: bool = False, keep_queries: bool = False) -> Ranking:
+    def rank(
+        self,
+        split: Split,
+        k: int,
+        remove_seen: bool,
+        *,
+        fill: bool = False,
+        keep_queries: bool = False,
+        ranks_of: np.ndarray | None = None,
+    ) -> Ranking:
         """Exact top k for each sample; seen items (all input events, not only the window) removed where asked.
 
         fill: a user who has seen so much that fewer than k candidates are left gets the best of the seen ones after them.
+        ranks_of: (S,) bool, the samples whose target's exact rank is counted over all candidates too; that takes as long again.
         """
         candidates = self.encode_candidates()
         catalogue = prepare_catalogue(candidates)
@@ -114,11 +125,14 @@ class Ranker:
         scores = np.full((split.num_samples, k), -np.inf, dtype=np.float32)
         queries = np.zeros((split.num_samples if keep_queries else 0, candidates.shape[1]), dtype=np.float32)
         losses = []
+        target_ranks = np.full(split.num_samples, -1, dtype=np.int64)
         for samples, query in self.encode_users(split):
             part = split.take(samples)
-            found_scores, found = (
-                t.cpu().numpy() for t in topk_exact(query, catalogue, k_found, exclude=self._seen(part) if remove_seen else None)
-            )
+            seen = self._seen(part) if remove_seen else None
+            found_scores, found = (t.cpu().numpy() for t in topk_exact(query, catalogue, k_found, exclude=seen))
+            if ranks_of is not None and ranks_of[samples].any():
+                target = torch.from_numpy(np.where(ranks_of[samples], self._target_places(part), -1)).to(self.device)
+                target_ranks[samples] = rank_targets(query, catalogue, target, exclude=seen).cpu().numpy()
             if fill and (found < 0).any():
                 found, found_scores = _filled(found, found_scores, query, catalogue)
             ids[samples, :k_found] = np.where(found >= 0, self.candidate_ids[found], 0)
@@ -127,7 +141,7 @@ class Ranker:
             if keep_queries:
                 queries[samples] = query.cpu().numpy()
         flat = torch.cat(losses) if losses else torch.zeros(0)
-        return Ranking(ids, scores, float(flat.double().mean()), candidates, queries)
+        return Ranking(ids, scores, float(flat.double().mean()), candidates, queries, target_ranks)
 
     @cached_property
     def _loss_sample(self) -> Tensor:
@@ -144,11 +158,15 @@ class Ranker:
         offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(counts)))])
         return torch.from_numpy(offsets).to(self.device), torch.from_numpy(place[place >= 0]).to(self.device)
 
+    def _target_places(self, split: Split) -> np.ndarray:
+        """(B,) place of each target among the candidates, -1 where it is unknown or no candidate."""
+        return np.where(split.target >= 0, self._place[self.store.item_ids[np.maximum(split.target, 0)]], -1)
+
     def _target_losses(self, query: Tensor, candidates: Tensor, split: Split) -> Tensor:
         """Cross-entropy of each target that is a candidate, among itself and a fixed uniform sample of the candidates."""
         if (split.target < 0).all():  # inference: nothing to find
             return query.new_zeros(0)
-        place = np.where(split.target >= 0, self._place[self.store.item_ids[np.maximum(split.target, 0)]], -1)
+        place = self._target_places(split)
         rows = torch.from_numpy(np.flatnonzero(place >= 0)).to(self.device)
         target = torch.from_numpy(place[place >= 0]).to(self.device)
         sample = self._loss_sample

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from checkpoint import plain_json
-from errors import disk_full
+from errors import RunError, disk_full
 
 _TRAIN_TAGS = {
     "loss": "Loss/train", "lr": "train/lr", "grad_norm": "train/grad_norm", "users_per_s": "perf/users_per_s",
@@ -334,12 +334,18 @@ class RunLogger:
             file.close()
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
+        self.draw(lambda writer: writer.add_scalar(tag, value, step))
+
+    def draw(self, show: Callable) -> None:
+        """Call show(SummaryWriter); nothing without TensorBoard, and no error of the disk ends the run."""
         if self._tensorboard_dir is None:
             return
         try:
             if self._writer is None:
                 self._writer = self._new_writer()
-            self._writer.add_scalar(tag, value, step)
+            show(self._writer)
+        except RunError as error:  # a full disk, said by a writer of files of our own
+            self.warn_once(str(error).splitlines()[0])
         except ImportError as error:
             self._tensorboard_dir = None
             self.warn_once(f"no TensorBoard ({error}): pip install tensorboard, or --no-tensorboard")

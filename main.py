@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import checkpoint as checkpoints
+from board import write_start
 from config import Config, warnings_for, with_values
 from dataset import make_splits
 from ensemble import Member, read_ensemble
@@ -27,13 +28,14 @@ from errors import UserError, run_cli
 from estimate import Data, estimate_run
 from evaluate import Ranker
 from features import TableLayout, choose_embeddings
+from final_test import run_test, write_test_metrics
 from logger import RunLogger, peak_rss_gib
 from report import write_report
 from runs import RunPaths, environment, prepare_eval, prepare_run, restore_status, write_start_files, write_status
 from settings import ParsedArguments, dump_yaml, load_config, print_config, write_config
 from sources import find_source
 from store import Store, has_embedding, open_store
-from trainer import Trainer, check_compatible, write_test_metrics
+from trainer import Trainer, check_compatible
 
 DEMO_FOLDER = Path("demo_data")
 DEMO = {"users": 4000, "items": 6000, "seed": 1}  # trains within a minute or two on two cores and beats the baselines clearly
@@ -79,6 +81,7 @@ def train(arguments: ParsedArguments) -> int:
         banner(logger, arguments, config, run, device)
         trainer = build_trainer(config, run, logger, device)
         write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
+        logger.draw(lambda writer: write_start(writer, dump_yaml(config)))
         if options.state_dict_path is not None and run.resume_from is None:
             load_weights(trainer, options.state_dict_path)
         logger.total_steps = trainer.total_steps
@@ -90,7 +93,7 @@ def train(arguments: ParsedArguments) -> int:
             write_status(run.log_dir, "interrupted", step, f"signal {trainer.stop_signal}")
             logger.say(f"interrupted at step {step}; checkpoint written. Go on with: {same_command('--resume')}")
             return 128 + trainer.stop_signal
-        metrics = trainer.test()
+        metrics = run_test(trainer)
         write_status(run.log_dir, "finished", step)
         report = write_report(run.log_dir)
         say_what_next(logger, run, config, metrics, report)

@@ -127,6 +127,52 @@ def topk_exact(query: Tensor, item_emb: Tensor | Catalogue, k: int, *, exclude: 
     return scores, index
 
 
+def rank_targets(query: Tensor, catalogue: Catalogue, target: Tensor, *, exclude: Exclude | None = None) -> Tensor:
+    """How many candidates come before each query's target in the ranking of `topk_exact`: (B,) int64, 0 = it is the first.
+
+    query: (B, D). target: (B,) int64 index into the candidates, -1 = none. exclude: as in `topk_exact`; what is excluded stands before
+    nobody. -1 where there is no target, or where it is excluded itself. Raises RunError for a vector that is not finite.
+    """
+    query = query.detach().to(torch.float32).contiguous()
+    ranks = torch.full((len(query),), -1, dtype=torch.int64, device=query.device)
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        for start in range(0, len(query), QUERY_CHUNK):
+            part = slice(start, min(start + QUERY_CHUNK, len(query)))
+            excluded = None if exclude is None else _excluded_keys(exclude, part.start, part.stop, len(catalogue.item_emb))
+            ranks[part] = _count_before(query[part], catalogue, target[part], excluded)
+    return ranks
+
+
+def _count_before(query: Tensor, catalogue: Catalogue, target: Tensor, excluded: Tensor | None) -> Tensor:
+    """Ranks (B,) of targets (B,): float32 products settle all pairs but those within rounding of the target's score; these are exact."""
+    items, num_queries = catalogue.item_emb, len(query)
+    rows = torch.arange(num_queries, device=query.device)
+    known = target >= 0
+    if excluded is not None and len(excluded):
+        keys = target * num_queries + rows
+        known = known & (excluded[torch.searchsorted(excluded, keys).clamp_(max=len(excluded) - 1)] != keys)
+    target = target.clamp_min(0)
+    own = _final_scores(query, items, rows, target)
+    error = _first_pass_error(query, catalogue, False)
+    low, high = _round_down(own - error), -_round_down(-(own + error))
+    before = torch.zeros(num_queries, dtype=torch.int64, device=query.device)
+    block = max(1, (CPU_BLOCK if query.device.type == "cpu" else CUDA_BLOCK) // num_queries)
+    for start in range(0, len(items), block):
+        scores = items[start : start + block] @ query.T  # (n, B)
+        if excluded is not None:
+            ends = torch.tensor([start * num_queries, (start + len(scores)) * num_queries], device=query.device)
+            first, last = torch.searchsorted(excluded, ends).tolist()
+            scores.view(-1).index_fill_(0, excluded[first:last] - start * num_queries, -torch.inf)
+        above = scores > high
+        before += above.sum(0)
+        candidates, owner = ((scores >= low) & ~above).nonzero(as_tuple=True)
+        candidates = candidates + start
+        exact = _final_scores(query, items, owner, candidates)
+        wins = (exact > own[owner]) | ((exact == own[owner]) & (candidates < target[owner]))
+        before += torch.bincount(owner[wins], minlength=num_queries)
+    return torch.where(known, before, -1)
+
+
 def _rank(query: Tensor, catalogue: Catalogue, k: int, excluded: Tensor | None, low: bool, scores: Tensor, index: Tensor) -> None:
     """Fill scores and index (B, k) for query (B, D). excluded: sorted keys candidate * B + query, or None."""
     num_queries = len(query)

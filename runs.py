@@ -37,7 +37,11 @@ from errors import RunError, UserError
 
 STATES = ("running", "finished", "failed", "interrupted")
 STATUS, TRAIN_LOG, LOCK = "status.json", "train.log", ".lock"
-_OWN_FILES = (STATUS, TRAIN_LOG, "metrics.json", "report.html", "command.txt", "environment.json", "config.resolved.yaml")
+_OWN_FILES = (
+    STATUS, TRAIN_LOG, "metrics.json", "report.html", "ranks.npz", "report.json", "command.txt", "environment.json", "config.resolved.yaml",
+)  # fmt: skip
+# The item vectors for TensorBoard's projector (board.py), in the folder of the events.
+PROJECTOR_FILES = ("projector_config.pbtxt", "item_vectors.tsv", "item_metadata.tsv")
 _ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS", "MALLOC_ARENA_MAX", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
@@ -246,7 +250,8 @@ def _take_lock(log_dir: Path) -> tuple[IO[str] | None, int]:
     return lock, 0
 
 
-def _is_alive(log_dir: Path) -> bool:
+def is_alive(log_dir: Path) -> bool:
+    """Whether a living process holds the run of this folder."""
     if not (Path(log_dir) / LOCK).is_file() or not os.access(Path(log_dir) / LOCK, os.W_OK):
         return False
     lock, holder = _take_lock(log_dir)
@@ -273,16 +278,40 @@ def _refuse_or_clear(run: RunPaths, overwrite: bool) -> None:
             f"{trace} belongs to another run; a new run never writes into its folder.\n"
             "Give --resume to go on with it, --overwrite to remove it and start anew, or other paths."
         )
-    # status.json goes last: until then a crash leaves a folder that still counts as a run's.
-    for folder in list_checkpoints(run.checkpoint_dir):
-        shutil.rmtree(folder)
-    for path in sorted(run.checkpoint_dir.glob("*.pt")):
-        if LINK_NAME.fullmatch(path.name):
-            path.unlink()
-    for path in run.tensorboard_dir.glob("events.out.tfevents.*"):
-        path.unlink()
+    _clear(run.log_dir, run.checkpoint_dir, run.tensorboard_dir)
+
+
+def _clear(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: Path | None) -> None:
+    """Remove what a run wrote, by name; what else lies there stays. status.json goes last: until then it still counts as a run's folder."""
+    if checkpoint_dir is not None:
+        for folder in list_checkpoints(checkpoint_dir):
+            shutil.rmtree(folder)
+        for path in sorted(checkpoint_dir.glob("*.pt")):
+            if LINK_NAME.fullmatch(path.name):
+                path.unlink()
+    if tensorboard_dir is not None:
+        for path in [*tensorboard_dir.glob("events.out.tfevents.*"), *(tensorboard_dir / name for name in PROJECTOR_FILES)]:
+            path.unlink(missing_ok=True)
     for name in reversed(_OWN_FILES):
-        (run.log_dir / name).unlink(missing_ok=True)
+        (log_dir / name).unlink(missing_ok=True)
+
+
+def clear_folders(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: Path | None) -> bool:
+    """Remove a run's files (`report.py --prune`), and each of its folders that is empty then; False where a living process holds the run.
+
+    None for a folder that is not the run's own.
+    """
+    lock, holder = _take_lock(log_dir)
+    if holder:
+        return False
+    _clear(log_dir, checkpoint_dir, tensorboard_dir)
+    (log_dir / LOCK).unlink(missing_ok=True)
+    if lock is not None:
+        lock.close()
+    for folder in (log_dir, checkpoint_dir, tensorboard_dir):
+        if folder is not None and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return True
 
 
 # ---- resuming -----------------------------------------------------------------------------------------------------------
@@ -322,7 +351,7 @@ def unfinished_runs(base: Path = Path(".")) -> list[Path]:
     found = []
     for path in sorted(folders, key=lambda path: ((path / STATUS).stat().st_mtime_ns, path.name)):
         status = read_status(path)
-        if status["state"] != "finished" and status.get("kind") != "eval" and not _is_alive(path):
+        if status["state"] != "finished" and status.get("kind") != "eval" and not is_alive(path):
             found.append(path)
     return found
 

@@ -20,6 +20,7 @@ from config import Config, with_values
 from dataset import make_splits
 from errors import run_cli
 from features import TableLayout
+from final_test import run_test
 from logger import RunLogger, format_table
 from runs import prepare_run
 from schema import ACTION_NAMES
@@ -70,7 +71,7 @@ def demonstrate(folder: Path) -> None:
 
     headline(6, "test split beside the baselines (Trainer.test)")
     trainer.logger = RunLogger(None, None, console=False)
-    metrics = trainer.test()
+    metrics = run_test(trainer)
     rows = [("model", metrics["hr@10"], metrics["ndcg@10"])]
     rows += [(name, metrics[f"{name}.hr@10"], metrics[f"{name}.ndcg@10"]) for name in ("popularity", "recent", "item2item")]
     print("\n".join("    " + line for line in format_table(rows, ("ranker", "hr@10", "ndcg@10"))))

@@ -1,4 +1,4 @@
-"""The training loop: batches in, updates, logs, checkpoints, evaluation; and the test of the best checkpoint at the end.
+"""The training loop: batches in, updates, logs, checkpoints, evaluation.
 
 Must not parse settings, choose folders or read data files; it gets a store, splits and a run.
 
@@ -7,7 +7,6 @@ Legend: B users, N packed tokens, M unique items, C candidates, D width, R touch
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -21,21 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import board
 import checkpoint as checkpoints
-from baselines import Baselines
 from candidates import read_candidates
 from config import Config
-from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
+from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch, training_item_counts
 from embedding import Touched
 from errors import RunError, UserError
-from evaluate import Ranker, baseline_metrics, move, split_metrics
+from evaluate import Ranker, Ranking, move, split_metrics
 from features import FeatureColumns, FeatureInputs, TableLayout, known_items_digest
 from logger import RunLogger, rss_gib
-from losses import bce_loss, log_expected_count, softmax_loss
 from model import Recommender
 from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_touched
 from parallel import cores, keep_freed_memory
-from runs import RunPaths, write_status, write_text_atomic
+from runs import RunPaths, write_status
+from slices import groups_of, quality, user_values
+from training_loss import TrainingLoss, negative_sampling
 from updates import Updates
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,47 +45,11 @@ OPTIMIZER_SETTINGS = ("optimizer", "table_optimizer", "ema_decay")
 # Settings that change neither losses nor metrics, so that a resumed run need not say that they changed.
 FREE_SETTINGS = frozenset(
     "num_workers prefetch_batches chunk_size max_bad_lines device num_threads log_every_steps tensorboard run_name keep_last_k "
-    "save_every_steps save_frequency gradient_checkpointing baselines eval_batch_size multimodal_features".split()
+    "save_every_steps save_frequency gradient_checkpointing baselines eval_batch_size multimodal_features "
+    "tensorboard_histograms projector_items".split()
 )
 LOWER_IS_BETTER = ("loss",)
 PROGRESS = ("epoch", "batch", "step", "best_value", "best_name", "evaluations_since_best", "evaluated_step", "loss_sum", "loss_count")
-
-
-class TrainingLoss:
-    """The configured loss of a batch from query and item vectors."""
-
-    def __init__(self, config: Config, store, train: Split, device: torch.device) -> None:
-        self.config, self.num_items = config.loss, store.num_items
-        self.item_share = None
-        if self.config.name == "sampled_softmax" and self.config.logq:
-            counts = training_item_counts(store, train)
-            self.item_share = torch.from_numpy(counts / max(1, counts.sum())).float().to(device)  # (num_items + 1,)
-
-    def __call__(self, query: Tensor, item_emb: Tensor, batch: Batch) -> Tensor:
-        """query (N, D), item_emb (M, D) of batch.unique_ids; the mean over tokens."""
-        config = self.config
-        if config.name == "bce":
-            return bce_loss(query, item_emb, batch.target_index, batch.negative_index, chunk_size=config.chunk_size)
-        if config.name == "full_softmax":  # unique_ids are 0 (padding), 1 .. num_items
-            return softmax_loss(query, item_emb[1:], batch.target_index - 1, temperature=config.temperature, chunk_size=config.chunk_size)
-        log_q = None
-        if self.item_share is not None:
-            num_in_batch = min(query.shape[0], config.max_in_batch or query.shape[0]) if config.in_batch_negatives else 0
-            log_q = log_expected_count(self.item_share[batch.unique_ids], num_in_batch, config.num_negatives, self.num_items)
-        return softmax_loss(
-            query,
-            item_emb,
-            batch.target_index,
-            candidate_index=batch.candidate_index,
-            temperature=config.temperature,
-            log_q=log_q,
-            chunk_size=config.chunk_size,
-        )
-
-
-def negative_sampling(config: Config) -> NegativeSampling:
-    kind = {"bce": "position", "sampled_softmax": "shared", "full_softmax": "all"}[config.loss.name]
-    return NegativeSampling(kind, config.loss.num_negatives, config.loss.in_batch_negatives, config.loss.max_in_batch)
 
 
 def build_model(config: Config, layout: TableLayout, schema, embeddings: tuple[str, ...]) -> Recommender:
@@ -353,35 +317,55 @@ class Trainer:
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the model as it is: hr@k, ndcg@k, score and loss."""
+        return self.metrics_of(split, self.rank(split))
+
+    def rank(self, split: Split, ranks_of: np.ndarray | None = None) -> Ranking:
+        """A split ranked by the model as it is; ranks_of as in Ranker.rank."""
+        return self._ranker().rank(split, max(self.config.eval.top_k), self.config.eval.remove_seen, ranks_of=ranks_of)
+
+    def metrics_of(self, split: Split, ranking: Ranking) -> dict[str, float]:
         config = self.config.eval
-        ranking = self._ranker().rank(split, max(config.top_k), config.remove_seen)
         return split_metrics(self.store, split, ranking.topk_ids, config.top_k, config.score_round) | {"loss": ranking.loss}
 
     def _validate(self) -> tuple[float, bool]:
         """Evaluate on the validation split; returns (loss, whether it is the best so far)."""
         with self.updates.averaged():
-            metrics = self.evaluate(self.splits.valid)
+            ranking = self.rank(self.splits.valid)
+        metrics = self.metrics_of(self.splits.valid, ranking)
         name = self.config.eval.best_metric
         value = metrics[name]
         better = value < self.best_value if name in LOWER_IS_BETTER else value > self.best_value
         # A value that is not a number (a score without weighted targets) is the best only until there is another.
         is_best = better or not self.best_name or (math.isnan(self.best_value) and not math.isnan(value))
         self.logger.eval_line(self.step, self.epoch, "valid", metrics, None if math.isnan(self.best_value) else {name: self.best_value})
+        self.logger.draw(
+            lambda writer: board.write_evaluation(writer, self.step, self.quality_of(self.splits.valid, ranking), self._drawn())
+        )
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         if is_best:
             self.best_value, self.best_name = float(value), checkpoints.checkpoint_name(self.step, metrics["loss"])
         self._valid_metrics, self.evaluated_step = metrics, self.step
         return metrics["loss"], is_best
 
+    def _drawn(self) -> torch.nn.Module | None:
+        """What TensorBoard's histograms show."""
+        return self.model if self.config.system.tensorboard_histograms else None
+
+    @cached_property
+    def item_counts(self) -> np.ndarray:
+        """Training events of each item, (num_items + 1,) int64."""
+        return training_item_counts(self.store, self.splits.train)
+
+    def quality_of(self, split: Split, ranking: Ranking) -> list[dict]:
+        """The rows of slices.quality of a ranked split."""
+        is_candidate = np.zeros(self.store.num_items + 1, dtype=bool)
+        is_candidate[self.candidates] = True
+        values = user_values(ranking.topk_ids, self.store.item_ids[split.target])
+        return quality(groups_of(self.store, split, self.item_counts, is_candidate), *values)
+
     def _out_of_patience(self) -> bool:
         training = self.config.training
         return bool(training.patience and not training.max_steps and self.evaluations_since_best >= training.patience)
-
-    def test(self) -> dict:
-        """Load the best checkpoint, evaluate it on the test split beside the baselines, and write metrics.json."""
-        best = checkpoints.load_checkpoint(self.run.checkpoint_dir / self.best_name, with_trainer=False)
-        self.model.load_state_dict(best.model_state)
-        return write_test_metrics(self, best)
 
     # ---- checkpoints ----
 
@@ -511,28 +495,3 @@ def check_compatible(meta: dict, config: Config, layout: TableLayout, embeddings
         different.append(f"multimodal_features: {meta['embeddings']} there, {list(embeddings)} here")
     if different:
         raise UserError(f"{path}: a checkpoint of another model ({'; '.join(different)}).\nGive its settings, or another checkpoint.")
-
-
-def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> dict:
-    """Evaluate the trainer's weights (the checkpoint's) on the test split, add the baselines, write metrics.json (flat), return it."""
-    config = trainer.config.eval
-    metrics = trainer.evaluate(trainer.splits.test)
-    result = {
-        "split": "test",
-        "protocol": config.protocol,
-        **metrics,
-        "num_users": trainer.splits.test.num_samples,
-        "num_candidates": len(trainer.candidates),
-        "num_cold_candidates": trainer.num_cold_candidates,
-        "seen_removed": config.remove_seen,
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.meta["step"],
-        "epoch": checkpoint.meta["epoch"],
-    }
-    if config.baselines:
-        baselines = Baselines(trainer.store, trainer.splits.train, trainer.candidates, config.remove_seen)
-        result |= baseline_metrics(baselines, trainer.splits.test, config.top_k, config.score_round)
-    # At the run's last step, not the checkpoint's: a reader of train.log takes an earlier step for a resumed run's.
-    trainer.logger.eval_line(max(trainer.step, result["step"]), max(trainer.epoch, result["epoch"]), "test", result, None)
-    write_text_atomic(trainer.run.log_dir / "metrics.json", json.dumps(checkpoints.plain_json(result), indent=1) + "\n")  # nan is null
-    return result

@@ -94,3 +94,17 @@ def test_evaluation_leaves_the_generators_alone():
     before = torch.get_rng_state()
     ranker(store, model, columns).rank(predict_split(store), 5, True)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("remove_seen", [True, False])
+def test_target_ranks_are_places_in_the_whole_ranking(remove_seen):
+    store, model, columns = make()
+    split = make_splits(store, **SPLIT).test
+    candidates = np.arange(1, store.num_items)  # one item is no candidate
+    asked = np.ones(split.num_samples, dtype=bool)
+    asked[1] = False
+    found = ranker(store, model, columns, candidates).rank(split, 3, remove_seen, ranks_of=asked).target_ranks
+    whole = brute_force(store, model, columns, split, candidates, len(candidates), remove_seen).tolist()
+    targets = store.item_ids[split.target].tolist()
+    assert found.tolist() == [row.index(t) if t in row and a else -1 for row, t, a in zip(whole, targets, asked)]
+    assert (ranker(store, model, columns).rank(split, 3, remove_seen).target_ranks == -1).all()

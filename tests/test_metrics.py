@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import metrics
 from metrics import RankingMetrics, action_weights, competition_score, hit_rate, ndcg, paired_bootstrap, ranks_from_topk
 from schema import CLICK, CONVERSION, EXPOSURE
 
@@ -106,3 +108,16 @@ def test_raises():
         RankingMetrics([1]).update(TOPK, TARGET, torch.tensor([1.0, 1, 1, 1, -1]))
     with pytest.raises(ValueError, match="equal shapes"):
         paired_bootstrap(torch.zeros(3), torch.zeros(4))
+
+
+def test_paired_interval_is_the_paired_bootstrap():
+    random = np.random.default_rng(0)
+    gains = np.array([0.0, 1.0, 0.63, 0.5, 0.43])
+    a, b = gains[random.integers(0, 5, 400)], gains[random.integers(0, 3, 400)]
+    slow = metrics.paired_bootstrap(torch.from_numpy(a), torch.from_numpy(b), 4000)
+    fast = metrics.paired_interval(a - b, 4000)
+    assert fast[0] == pytest.approx(slow[0]) and fast[1:] == pytest.approx(slow[1:], abs=0.006)
+    assert metrics.paired_interval(np.zeros(3)) == (0.0, 0.0, 0.0)
+    for wrong in (np.zeros(0), np.zeros((2, 2))):
+        with pytest.raises(ValueError, match="paired_interval"):
+            metrics.paired_interval(wrong)

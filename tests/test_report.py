@@ -2,20 +2,29 @@
 
 import json
 import math
+import os
 import re
 import shlex
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from browser import Browser, find_browser
+from report_world import write_run
+from tiny import tiny_store
 
+import charts
 import report
 from config import Config, with_values
 from errors import UserError
+from report_compare import difference, differing_settings, gains, names_of
+from report_read import best_earlier, curve, incomparable, read_run
+from report_sections import commands, verdict
 from runs import write_start_files, write_status
 from settings import dump_yaml
 
-FILES = ("train.log", "metrics.json", "status.json", "config.resolved.yaml", "environment.json", "command.txt")
+FILES = ("train.log", "metrics.json", "status.json", "config.resolved.yaml", "environment.json", "command.txt", "report.json", "ranks.npz")
 METRICS = {"split": "test", "protocol": "holdout", "hr@10": 0.10, "ndcg@10": 0.06, "score": 0.07, "num_users": 400, "num_candidates": 6000,
            "seen_removed": True, "checkpoint": "checkpoints/a/global_step40.valid_loss=5.0000", "popularity.hr@10": 0.04,
            "popularity.ndcg@10": 0.02, "popularity.score": 0.025, "recent.hr@10": 0.05, "recent.ndcg@10": 0.03, "recent.score": 0.035,
@@ -25,7 +34,8 @@ ENVIRONMENT = {"python": "3.11.7", "torch": "2.13.0", "gpus": [{"name": "H200", 
 
 def records(steps=40):
     for step in range(10, steps + 1, 10):
-        yield {"global_step": step, "loss": 100 / step, "epoch": 0, "time": 1000.0 + step, "lr": 1e-3, "users_per_s": 2000.0 + step}
+        yield {"global_step": step, "loss": 100 / step, "epoch": 0, "time": 1000.0 + step, "lr": 1e-3, "grad_norm": 0.5,
+               "users_per_s": 2000.0 + step, "data_wait": 0.02, "rss_gib": 0.7}  # fmt: skip
     yield {"global_step": steps, "epoch": 1, "time": 1041.0, "split": "valid", "ndcg@10": 0.05, "hr@10": 0.09, "valid_loss": 5.0}
 
 
@@ -87,7 +97,7 @@ def page_of(folder):
 
 def test_sections_and_figures(run):
     page = page_of(run)
-    for heading in ("Summary", "Learning curves", "Configuration", "Environment", "Commands"):
+    for heading in ("Summary", "Learning curves", "Quality by slice", "Sample users", "Data", "Configuration", "Environment", "Commands"):
         assert heading in page.text
     assert "Beats all 3 baselines: NDCG@10 0.0600 against 0.0400 of item-to-item (+50 %), the best of them." in page.text
     assert "this model 0.1000 0.0600 0.0700" in page.text and "most recent 0.0500 0.0300 0.0350" in page.text
@@ -102,7 +112,9 @@ def test_sections_and_figures(run):
 
 def test_asks_for_nothing(run):
     page = page_of(run)
-    assert page.loads == ["data:,"]  # the empty icon: without it a browser asks a server for one
+    assert [value for value in page.loads if not value.startswith("#")] == [
+        "data:,"
+    ]  # the empty icon: without it a browser asks a server for one
     assert not {"script", "img", "iframe", "object", "form"} & set(page.tags)
     text = (run / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in text and "url(" not in text and "@import" not in text and "http:" not in text and "https:" not in text
@@ -116,9 +128,9 @@ def test_light_dark_phone_print(run):
 
 def test_charts_are_well_formed_and_inside_their_frame(run):
     page_of(run)
-    charts = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(charts) == 4
-    for chart in charts:
+    found = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(found) == 8
+    for chart in found:
         tree = ElementTree.fromstring(chart)
         assert tree.get("role") == "img" and tree.get("aria-label")
         labels = [node.text for node in tree.iter("text")]
@@ -126,7 +138,7 @@ def test_charts_are_well_formed_and_inside_their_frame(run):
         for node in tree.iter("path"):
             if "line" in node.get("class"):
                 numbers = [float(x) for x in re.findall(r"-?[\d.]+", node.get("d"))]
-                assert all(report.LEFT <= x <= report.WIDTH for x in numbers[0::2]) and all(0 <= y <= report.HEIGHT for y in numbers[1::2])
+                assert all(charts.LEFT <= x <= charts.WIDTH for x in numbers[0::2]) and all(0 <= y <= charts.HEIGHT for y in numbers[1::2])
 
 
 def test_everything_is_escaped(run):
@@ -154,7 +166,7 @@ def test_a_run_that_failed_early(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_each_file_may_be_missing(run, name):
-    (run / name).unlink()
+    (run / name).unlink(missing_ok=True)
     assert "Commands" in page_of(run).text
 
 
@@ -180,7 +192,7 @@ def test_an_empty_folder_and_values_of_any_type(run, tmp_path):
 def test_a_loss_that_was_not_finite_leaves_a_gap(run):
     lines = [{"global_step": step, "loss": None if step == 20 else 1.0, "time": 1.0} for step in (10, 20, 30)]
     (run / "train.log").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert report.curve(report.read_run(run), "loss") == [(10.0, 1.0), (30.0, 1.0)]
+    assert curve(read_run(run), "loss") == [(10.0, 1.0), (30.0, 1.0)]
 
 
 def test_an_evaluation_has_no_curves_and_nothing_to_resume(tmp_path):
@@ -192,8 +204,7 @@ def test_an_evaluation_has_no_curves_and_nothing_to_resume(tmp_path):
 
 def test_a_long_run_stays_small(run):
     with open(run / "train.log", "w", encoding="utf-8") as file:
-        for record in records(100_000):
-            file.write(json.dumps(record) + "\n")
+        file.writelines(json.dumps(record) + "\n" for record in records(100_000))
     page_of(run)
     assert (run / "report.html").stat().st_size < 150_000
 
@@ -209,42 +220,162 @@ def test_a_long_run_stays_small(run):
     ({"ndcg@10": 0.1, "recent.ndcg@10": 0.1}, "bad", "Beats 0 of 1"), ({"ndcg@10": 0.0, "recent.ndcg@10": 0.0}, "bad", "Beats 0 of 1"),
 ])  # fmt: skip
 def test_verdict(metrics, kind, words):
-    found, sentence = report.verdict(metrics)
+    found, sentence = verdict(metrics)
     assert found == kind and words in sentence
 
 
-@pytest.mark.parametrize(("low", "high", "expected"), [
-    (0, 10, [0, 2, 4, 6, 8, 10]), (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.3, 5.2, [1, 2, 3, 4, 5]), (-1, 1, [-1, -0.5, 0, 0.5, 1]),
-    (0, 1e-3, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3]), (1200, 2600, [1500, 2000, 2500]),
-])  # fmt: skip
-def test_ticks(low, high, expected):
-    assert report.ticks(low, high) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("value", "largest", "text"), [
-    (1500, 2000, "1.5k"), (0, 2000, "0"), (500, 1000, "0.5k"), (2e6, 4e6, "2M"), (5e-4, 1e-3, "5e-4"), (1.5e-3, 2e-3, "1.5e-3"),
-    (0, 1e-3, "0"), (0.05, 0.1, "0.05"), (200, 800, "200"),
-])  # fmt: skip
-def test_label(value, largest, text):
-    assert report.label(value, largest) == text
-
-
-def test_thin_keeps_means_and_short_curves():
-    assert report.thin([(1, 2.0), (3, 4.0)]) == [(1, 2.0), (3, 4.0)]
-    points = report.thin([(float(i), float(i % 2)) for i in range(1200)])
-    assert len(points) == 300 and all(y == 0.5 for _, y in points) and points[0][0] == 1.5
-
-
 def test_commands_can_be_pasted(run):
-    commands = dict(report.commands(report.read_run(run)))
+    lines = dict(commands(read_run(run)))
     settings = str(run / "config.resolved.yaml")
-    assert shlex.split(commands["resume"]) == ["python", "main.py", "--config", settings, "--resume_path", str(run)]
-    assert shlex.split(commands["evaluate"])[2:] == ["--inference_only", "--state_dict_path", METRICS["checkpoint"]]
-    assert shlex.split(commands["infer"])[0] == f"MODEL_OUTPUT_PATH={METRICS['checkpoint']}"
-    again = next(line for what, line in commands.items() if what.startswith("reproduce"))
+    assert shlex.split(lines["resume"]) == ["python", "main.py", "--config", settings, "--resume_path", str(run)]
+    assert shlex.split(lines["evaluate"])[2:] == ["--inference_only", "--state_dict_path", METRICS["checkpoint"]]
+    assert shlex.split(lines["infer"])[0] == f"MODEL_OUTPUT_PATH={METRICS['checkpoint']}"
+    again = next(line for what, line in lines.items() if what.startswith("reproduce"))
     # The commit without its mark, and folders of its own: a new run never writes into another's.
     assert shlex.split(again) == ["git", "checkout", "ab12", "&&", "python", "main.py", "--config", settings, "--log_path", f"{run}-again"]
-    assert commands["this run was started with"] == "python main.py --batch_size 64"
+    assert lines["this run was started with"] == "python main.py --batch_size 64"
+
+
+# ---- a tested run: data, slices, sample users ---------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_metrics_json(tmp_path):
+    _, splits, ranking, metrics = write_run(tmp_path / "runs/one")
+    page = page_of(tmp_path / "runs/one")
+    own = " ".join(f"{metrics[key]:.4f}" for key in ("hr@10", "ndcg@10", "score"))
+    assert f"this model {own}" in page.text
+    assert f"median rank {np.median(ranking.target_ranks) + 1:,.0f}" in page.text
+    tree = json.loads((tmp_path / "runs/one/report.json").read_text())
+    for row in tree["quality"]["slices"]:
+        assert f"{row['slice']}: {row['group']} {row['num_users']:,} {row['hr@10']:.4f} {row['ndcg@10']:.4f}" in page.text
+    assert "The worst by NDCG@10, against" in page.text
+    assert f"{splits.train.num_samples:,} training, {splits.valid.num_samples:,} validation, {splits.test.num_samples:,} test" in page.text
+    for user in tree["samples"]["users"]:
+        assert f"{user['user']} : rank {user['rank'] + 1:,} of 20, {user['num_events']} events" in page.text
+    assert "✓ came next" in page.text and "Nearest items in vector space" in page.text and "colour=" in page.text
+    for chart in ("Events of a user", "Gap between events", "Hour of day", "Weekday", "Popularity", "Rank of what came next"):
+        assert chart in page.text
+    assert "No earlier run to compare with" in page.text
+
+
+def test_data_without_times_say_so(tmp_path):
+    write_run(tmp_path / "one", store=tiny_store(num_users=60, has_time=False))
+    page = page_of(tmp_path / "one")
+    assert "These data carry no times" in page.text and "no time" in page.text and "Hour of day" not in page.text
+
+
+def test_features_and_users_are_escaped(tmp_path):
+    write_run(tmp_path / "one")
+    path, evil = tmp_path / "one/report.json", "<script>alert(1)</script>"
+    tree = json.loads(path.read_text())
+    tree["samples"]["users"][0]["user"] = evil
+    for item in tree["samples"]["items"].values():
+        item["raw"], item["features"] = evil, {evil: [evil]}
+    for row in tree["data"]["coverage"] + tree["quality"]["slices"]:
+        row["name"] = row["group"] = row["slice"] = evil
+    tree["data"]["notes"] = [evil]
+    path.write_text(json.dumps(tree))
+    page = page_of(tmp_path / "one")
+    assert "script" not in page.tags and evil in page.text
+
+
+@pytest.mark.parametrize("part", ["data", "quality", "samples"])
+@pytest.mark.parametrize("value", [None, [], {}, "x", 7, {"users": [1]}, {"slices": [{}]}, {"users": [{}], "items": []}])
+def test_a_report_json_of_another_shape(tmp_path, part, value):
+    write_run(tmp_path / "one")
+    path = tmp_path / "one/report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
+    assert "Commands" in page_of(tmp_path / "one").text
+
+
+def test_an_old_run_without_the_new_files(run):
+    page = page_of(run)
+    assert page.text.count("this run was tested before the report kept them") == 3
+
+
+# ---- several runs -------------------------------------------------------------------------------------------------------
+
+
+def test_gains_are_those_of_metrics():
+    assert gains(np.array([0, 9, 10, -1]), "hr@10").tolist() == [1, 1, 0, 0]
+    assert gains(np.array([0, 2, 10, -1]), "ndcg@10").tolist() == [1, 0.5, 0, 0]
+
+
+def test_the_best_earlier_run_and_its_interval(tmp_path):
+    for n, (name, skill) in enumerate((("weak", 0.1), ("strong", 0.9), ("now", 0.9), ("later", 1.0))):
+        write_run(tmp_path / name, seed=n, skill=skill)
+        os.utime(tmp_path / name / "metrics.json", (1000 + n, 1000 + n))
+    now, strong, weak = (read_run(tmp_path / name) for name in ("now", "strong", "weak"))
+    assert best_earlier(now).name == "strong" and best_earlier(weak) is None
+    found = difference(strong, weak, "ndcg@10")
+    exact = strong.metrics["ndcg@10"] - weak.metrics["ndcg@10"]
+    assert found.mean == pytest.approx(exact) and found.low < exact < found.high and found.clear and found.num_users == 120
+    assert difference(strong, strong, "hr@10")[:3] == (0, 0, 0)
+    page = page_of(tmp_path / "now")
+    assert "best earlier run" in page.text and "NDCG@10" in page.text and "of strong" in page.text
+
+
+def test_what_cannot_be_compared(tmp_path):
+    write_run(tmp_path / "one", seed=1)
+    write_run(tmp_path / "two", seed=2)
+    one, two = read_run(tmp_path / "one"), read_run(tmp_path / "two")
+    assert incomparable(one, two) == ""
+    assert incomparable(one, two._replace(metrics=two.metrics | {"num_candidates": 3})) == "another num_candidates"
+    assert incomparable(one, two._replace(report={"fingerprint": "other"})) == "other data"
+    assert incomparable(one, two._replace(metrics={})) == "no test metrics"
+    assert incomparable(
+        one._replace(settings={"paths": {"data_path": "a"}}), two._replace(report={}, settings={"paths": {"data_path": "b"}})
+    )
+    assert difference(one, two._replace(ranks=None), "hr@10") is None
+    assert difference(one, two._replace(ranks=two.ranks._replace(user=two.ranks.user + 110)), "hr@10") is None  # 10 users in common
+
+
+def test_several_runs_side_by_side(tmp_path):
+    write_run(tmp_path / "a/run", seed=1, skill=0.9, batch_size=64)
+    write_run(tmp_path / "b/other", seed=2, skill=0.1)
+    report.main([str(tmp_path / "a/run"), str(tmp_path / "b/other")])
+    page = Page((tmp_path / "a/run/report.html").read_text(encoding="utf-8"))
+    assert "Runs side by side" in page.text and "Difference in NDCG@10" in page.text and "training.batch_size 64 128" in page.text
+    both = [read_run(tmp_path / name) for name in ("a/run", "b/other")]
+    assert f"{difference(*both, 'ndcg@10').mean:+.4f}" in page.text
+    assert f"other {both[1].metrics['hr@10']:.4f} {both[1].metrics['ndcg@10']:.4f}" in page.text
+    other = Page((tmp_path / "b/other/report.html").read_text(encoding="utf-8"))
+    assert f"{difference(*reversed(both), 'ndcg@10').mean:+.4f}".replace("-", "−") in other.text
+    assert dict(differing_settings(both)) == {"training.batch_size": [64, 128]}
+    assert names_of(both) == ["run", "other"] and names_of([both[0], both[0]]) == ["1: run", "2: run"]
+
+
+def test_runs_of_which_little_is_known_stand_side_by_side(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_status(tmp_path / "empty", "failed", 0)
+    report.main([str(run), str(tmp_path / "empty")])
+    assert "No interval for NDCG@10: empty: no test metrics" in Page((run / "report.html").read_text(encoding="utf-8")).text
+
+
+# ---- in a browser -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed: apt-get install chromium")
+def test_in_a_browser(tmp_path):
+    """No complaint, no request but the file itself, all pictures drawn, and nothing wider than a phone, light or dark."""
+    write_run(tmp_path / "earlier", seed=1)
+    write_run(tmp_path / "one", seed=2)
+    path = report.write_report(tmp_path / "one")
+    with Browser() as browser:
+        for width, dark in ((390, False), (390, True), (1200, False)):
+            browser.open(path, width, dark=dark)
+            assert browser.complaints == [] and browser.requests == [path.resolve().as_uri()]
+            browser.value("document.querySelectorAll('details').forEach(d => d.open = true)")
+            assert browser.value("document.documentElement.scrollWidth") <= width
+            pictures = browser.value("Array.from(document.querySelectorAll('svg')).map(s => s.getBoundingClientRect().height)")
+            assert len(pictures) == path.read_text(encoding="utf-8").count("<svg") >= 18 and min(pictures) > 30
+            colour = browser.value("getComputedStyle(document.body).backgroundColor")
+            assert (colour == "rgb(255, 255, 255)") != dark
+            # Labels of charts stay inside their picture.
+            outside = """Array.from(document.querySelectorAll('svg text')).filter(t => {
+                const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();
+                return a.left < b.left - 1 || a.right > b.right + 1 || a.bottom > b.bottom + 1}).map(t => t.textContent)"""
+            assert browser.value(outside) == []
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------
@@ -257,7 +388,9 @@ def test_command_line(run, tmp_path, capsys):
     assert report.main([str(run), str(other)]) == 0
     assert (run / "report.html").is_file() and (other / "report.html").is_file()
     assert capsys.readouterr().out.count("written: ") == 2
-    assert report.main(["--help"]) == 0 and "report.py RUN" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as leaving:
+        report.main(["--help"])
+    assert leaving.value.code == 0 and "report.py RUN" in capsys.readouterr().out
 
 
 def test_command_line_mistakes(run, tmp_path):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import retrieval
 from errors import RunError
-from retrieval import Catalogue, prepare_catalogue, topk_exact
+from retrieval import Catalogue, prepare_catalogue, rank_targets, topk_exact
 
 FIRST_PASSES = [False, True]  # float32, bfloat16
 
@@ -222,3 +222,38 @@ def test_raises():
             topk_exact(bad, good, 1)
     with pytest.raises(RunError, match="overflows"):
         topk_exact(good * 1e20, good * 1e20, 1)
+
+
+# ---- ranks of targets ---------------------------------------------------------------------------------------------------
+
+
+def brute_ranks(query, item_emb, target, exclude):
+    """Places in the full sorted ranking; -1 without a target or where it is excluded."""
+    order = brute_force(query, item_emb, len(item_emb), exclude)[1]
+    found = (order == target[:, None]) & (target >= 0)[:, None]
+    return torch.where(found.any(1), found.int().argmax(1), -1)
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize("num_items, num_queries, width", [(3000, 40, 16), (700, 600, 5), (7, 4, 2), (1, 1, 1)])
+def test_ranks_equal_brute_force_with_ties(num_items, num_queries, width, excluded, monkeypatch):
+    monkeypatch.setattr(retrieval, "CPU_BLOCK", 20_000)  # several blocks
+    query, item_emb = vectors(num_queries, width, 1), vectors(num_items, width, 2)
+    exclude = random_exclusions(num_queries, num_items, 5, 3) if excluded else None
+    target = torch.randint(-1, num_items, (num_queries,), generator=torch.Generator().manual_seed(4))
+    if excluded and len(exclude[1]):
+        target[0] = exclude[1][0]
+        exclude[0][1:] = exclude[0][1:].clamp(min=1)  # the first query's own target is excluded
+    found = rank_targets(query, prepare_catalogue(item_emb), target, exclude=exclude)
+    assert found.dtype == torch.int64 and torch.equal(found, brute_ranks(query, item_emb, target, exclude))
+
+
+def test_ranks_agree_with_the_top_k_on_real_vectors():
+    generator = torch.Generator().manual_seed(0)
+    item_emb = F.normalize(torch.randn(5000, 48, generator=generator), dim=1)
+    item_emb[4000:] = item_emb[:1000]  # exact ties
+    query = F.normalize(torch.randn(50, 48, generator=generator), dim=1)
+    catalogue = prepare_catalogue(item_emb)
+    top = topk_exact(query, catalogue, 20)[1]
+    for place in (0, 7, 19):
+        assert rank_targets(query, catalogue, top[:, place]).tolist() == [place] * 50

@@ -13,6 +13,7 @@ from config import Config, with_values
 from dataset import make_splits
 from errors import RunError, UserError
 from features import TableLayout, hashed_rows
+from final_test import run_test
 from logger import RunLogger, read_train_log
 from optim import LossScaler
 from runs import RunPaths
@@ -147,7 +148,7 @@ def test_patience_stops(tmp_path):
 def test_test_metrics_have_the_promised_keys(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.fit()
-    trainer.test()
+    run_test(trainer)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     wanted = {"split", "protocol", "hr@10", "ndcg@10", "score", "num_users", "num_candidates", "seen_removed", "checkpoint"}
     wanted |= {f"{name}.{metric}" for name in ("popularity", "recent", "item2item") for metric in ("hr@10", "ndcg@10")}

@@ -1,0 +1,87 @@
+"""The test at the end of a run: the best checkpoint on the test split beside the baselines, and what it leaves in the run folder.
+
+Must not train, and must not choose anything: the checkpoint was chosen on validation.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+import board
+import checkpoint as checkpoints
+from baselines import Baselines
+from dataset import generator
+from evaluate import Ranking, baseline_metrics
+from ranks import write_ranks
+from report_data import write_report_data
+from runs import write_text_atomic
+from trainer import Trainer
+
+# Pairs of user and candidate over which the exact ranks of test targets are counted: a minute or so on two cores.
+MAX_RANKED_PAIRS = 20_000_000_000
+RANKED_KEY = 5  # first word of a generator's key
+
+
+def run_test(trainer: Trainer) -> dict:
+    """Load the run's best checkpoint, evaluate it on the test split beside the baselines, and write metrics.json; returns its content."""
+    best = checkpoints.load_checkpoint(trainer.run.checkpoint_dir / trainer.best_name, with_trainer=False)
+    trainer.model.load_state_dict(best.model_state)
+    return write_test_metrics(trainer, best)
+
+
+def users_to_rank(num_users: int, num_candidates: int, seed: int) -> np.ndarray:
+    """(num_users,) bool: whose targets' exact ranks are counted; all, or as many as MAX_RANKED_PAIRS allows, drawn at random."""
+    most = max(1000, MAX_RANKED_PAIRS // max(1, num_candidates))
+    chosen = np.zeros(num_users, dtype=bool)
+    chosen[generator(RANKED_KEY, seed).permutation(num_users)[:most]] = True
+    return chosen
+
+
+def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> dict:
+    """Evaluate the trainer's weights (the checkpoint's) on the test split, add the baselines, write metrics.json (flat), return it."""
+    config = trainer.config.eval
+    test = trainer.splits.test
+    asked = users_to_rank(test.num_samples, len(trainer.candidates), trainer.config.system.seed)
+    ranking = trainer.rank(test, asked)
+    metrics = trainer.metrics_of(test, ranking)
+    write_ranks(trainer.run.log_dir, test.users[asked], ranking.target_ranks[asked], ranking.topk_ids[asked])
+    result = {
+        "split": "test",
+        "protocol": config.protocol,
+        **metrics,
+        "num_users": trainer.splits.test.num_samples,
+        "num_candidates": len(trainer.candidates),
+        "num_cold_candidates": trainer.num_cold_candidates,
+        "seen_removed": config.remove_seen,
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.meta["step"],
+        "epoch": checkpoint.meta["epoch"],
+    }
+    if config.baselines:
+        baselines = Baselines(trainer.store, trainer.splits.train, trainer.candidates, config.remove_seen)
+        result |= baseline_metrics(baselines, trainer.splits.test, config.top_k, config.score_round)
+    # At the run's last step, not the checkpoint's: a reader of train.log takes an earlier step for a resumed run's.
+    trainer.logger.eval_line(max(trainer.step, result["step"]), max(trainer.epoch, result["epoch"]), "test", result, None)
+    write_text_atomic(trainer.run.log_dir / "metrics.json", json.dumps(checkpoints.plain_json(result), indent=1) + "\n")  # nan is null
+    write_report_data(
+        trainer.run.log_dir,
+        trainer.store,
+        trainer.splits,
+        ranking,
+        np.unique(trainer.candidates),
+        trainer.item_counts,
+        seed=trainer.config.system.seed,
+        embeddings=trainer.embeddings,
+    )
+    trainer.logger.draw(lambda writer: draw_result(writer, trainer, ranking, result))
+    return result
+
+
+def draw_result(writer, trainer: Trainer, ranking: Ranking, metrics: dict) -> None:
+    """TensorBoard at the end of a run: hparams with the test metrics, and the item vectors for the projector."""
+    board.write_hparams(writer, trainer.config.to_dict(), metrics)
+    most, folder = trainer.config.system.projector_items, trainer.run.tensorboard_dir
+    if most:
+        board.write_projector(folder, trainer.store, np.unique(trainer.candidates), ranking.candidates, trainer.item_counts, most)
