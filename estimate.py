@@ -29,7 +29,7 @@ from features import TableLayout, known_items_digest
 from footprint import Footprint, anonymous_bytes, caching_malloc, load_runtime
 from logger import format_table
 from machine import Machine, read_machine
-from parallel import keep_freed_memory
+from parallel import give_freed_memory_back, keep_freed_memory
 from retrieval import prepare_catalogue
 from sizes import counting_bytes, map_bytes, ranking_bytes, recent_bytes, successor_bytes, table_bytes
 from trainer import AUTOCAST, Trainer
@@ -315,6 +315,8 @@ def _follow_training(trainer: Trainer, shadows: Footprint, loader: _Loader) -> t
                 trainer._accumulate(*move(built, trainer.device))
             trainer._update(*move(built, trainer.device))
         before = built
+    if trainer.device.type == "cpu":
+        give_freed_memory_back()
     model, parts = trainer.model, {}
     parts[TABLE] = tensor_bytes(list(model.table.parameters()))
     parts[TABLE_STATE] = tensor_bytes(trainer.table_optimizer.state_dict())

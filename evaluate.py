@@ -90,7 +90,7 @@ class Ranker:
         """(sample numbers (B,), query vectors (B, D)) of a split's samples, batch by batch, similar lengths together."""
         self.model.eval()
         builder = BatchBuilder(self.store, split, self.model.config.max_seq_length)
-        order = np.argsort(split.end - split.begin, kind="stable")
+        order = np.argsort(split.begin - split.end, kind="stable")  # the longest first: what later batches allocate fits where it lay
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
         def build(number: int):

@@ -51,6 +51,19 @@ def keep_freed_memory(num_threads: int) -> None:
         mallopt(M_ARENA_MAX, num_threads + 2)  # run.sh's 2 are for the many threads of imports; sharing one here costs a sixth of a step
 
 
+def give_freed_memory_back() -> None:
+    """Undo `keep_freed_memory`: what is free goes back to the system now, and later blocks of 4 MB and more when they are freed.
+
+    For what comes between training steps: ranking 10,000 users of 478,000 items on top of what training had kept took 1,156 MiB in all;
+    so, 818, in the same time.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.mallopt(M_MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 32 << 20)
+        libc.malloc_trim(0)
+
+
 @contextmanager
 def cores(num_threads: int) -> Iterator[None]:
     """Within it, `run` uses num_threads cores; torch's operations take one each, more where there are more cores than pieces."""

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from features import FeatureColumns, FeatureInputs, TableLayout, known_items_dig
 from logger import RunLogger, rss_gib
 from model import Recommender
 from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_touched
-from parallel import cores, keep_freed_memory
+from parallel import cores, give_freed_memory_back, keep_freed_memory
 from runs import RunPaths, write_status
 from slices import groups_of, quality, user_values
 from training_loss import TrainingLoss, negative_sampling
@@ -192,13 +192,19 @@ class Trainer:
                     self.save(None)
         self._finish_epoch(whole=self.batch == self.order.num_batches)
 
-    def _cores(self) -> AbstractContextManager:
+    @contextmanager
+    def _cores(self) -> Iterator[None]:
         """On CPU: pieces of a step side by side, and no page faults for what each step allocates anew."""
         if self.device.type != "cpu":
-            return nullcontext()
+            yield
+            return
         num_threads = torch.get_num_threads()
         keep_freed_memory(num_threads)
-        return cores(num_threads)
+        try:
+            with cores(num_threads):
+                yield
+        finally:
+            give_freed_memory_back()
 
     def _finish_epoch(self, whole: bool) -> None:
         if whole:
