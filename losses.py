@@ -142,7 +142,7 @@ def _softmax_forward(query, item_emb, target_index, temperature, candidate_index
     share = torch.full((num_tokens,), 1.0, dtype=dtype, device=query.device) if weights is None else weights.detach().to(dtype)
     share = share / share.sum().clamp_min(torch.finfo(dtype).tiny)
     grad_query = torch.empty(num_tokens, query.shape[1], dtype=dtype, device=query.device) if with_grad else None
-    pieces = [Piece(0, num_tokens)] if query.is_cuda else halves(row_pieces(num_tokens))
+    pieces = [Piece(0, num_tokens)] if query.is_cuda else halves(row_pieces(num_tokens, MIN_CHUNK))
 
     def job(piece: Piece) -> tuple[Tensor, Tensor | None]:
         """The share of one piece of the tokens: (loss, gradient of item_emb); rows of grad_query are filled in."""

@@ -112,9 +112,9 @@ def run(jobs: Sequence[Callable[[], object]]) -> list:
     return results
 
 
-def row_pieces(num_rows: int) -> list[Piece]:
-    """Up to NUM_PIECES pieces of nearly equal size."""
-    num = max(1, min(NUM_PIECES, num_rows // MIN_ROWS))
+def row_pieces(num_rows: int, min_rows: int = MIN_ROWS) -> list[Piece]:
+    """Up to NUM_PIECES pieces of nearly equal size, of min_rows or more; fewer are right where a row is much work."""
+    num = max(1, min(NUM_PIECES, num_rows // min_rows))
     ends = [num_rows * (i + 1) // num for i in range(num)]
     return [Piece(begin, end) for begin, end in zip([0, *ends], ends)]
 
