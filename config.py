@@ -88,9 +88,19 @@ class ModelConfig(_Group):
     candidate_activation: bool = setting(False, "item_activation on candidates too.")
     user_id: bool = setting(False, "A vector of its own for each user, in the user token.")
     action_embedding: bool = setting(True, "A vector for each event's action type.")
-    time_features: bool = setting(True, "Vectors for gap, hour and weekday of each event; off by itself where the data has no times.")
+    action_conditioning: str = setting("none", "Tells the query which action is wanted of the next event (in training the target's): film:"
+                                       " by scale and shift; gate: by query and action.", choices=("none", "film", "gate"))  # fmt: skip
+    action_dropout: float = setting(0.1, "action_conditioning: share of the training tokens whose wanted action is hidden, for answers"
+                                    " without one.", unit="probability", minimum=0, below=1)  # fmt: skip
+    time_features: bool = setting(True, "Vectors for time_fields of each event; off by itself where the data has no times.")
+    time_fields: tuple[str, ...] = setting(
+        ("gap", "hour", "weekday"), "What of an event's time: gap (since the previous event), hour, weekday, day (since 1970, modulo 1024),"
+        " fourier (waves of a day, week, month, year).", choices=("gap", "hour", "weekday", "day", "fourier"))  # fmt: skip
     similarity: str = setting("cosine", "Score of an item for a user.", choices=("cosine", "dot"))
     init_std: float = setting(0.02, "Standard deviation of the initial embeddings.", above=0)
+    id_init: str = setting("normal", "Initial vectors of item ids and all hash tables: as the others, or zero.", choices=("normal", "zero"))
+    id_dropout: float = setting(0.0, "Share of a training batch's items whose ids are left out for one learnt vector, which items without"
+                                " training events get for good; 0 = off.", unit="probability", minimum=0, below=1)  # fmt: skip
 
     def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.hidden_units % self.num_heads:
@@ -172,6 +182,8 @@ class LossConfig(_Group):
                                 unit="targets", minimum=0)  # fmt: skip
     temperature: float = setting(0.05, "Scores are divided by it before the loss.", above=0)
     logq: bool = setting(True, "Correct for how often each negative is drawn (sampled_softmax).")
+    action_head_weight: float = setting(0.0, "Weight of an auxiliary loss: cross-entropy of the target event's action type, from the query"
+                                        " and the target item; 0 = off.", minimum=0)  # fmt: skip
     chunk_size: int = setting(0, "Positions whose scores are held at once; 0 = automatic.", unit="positions", minimum=0)
 
     def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -205,6 +217,11 @@ class EvalConfig(_Group):
                               expects="all or a path", pattern=r"(?s).+")  # fmt: skip
     top_k: tuple[int, ...] = setting((10,), "Cut-offs of HR and NDCG; 10 is always reported.", unit="items", minimum=1)
     remove_seen: bool = setting(True, "Leave out what the user has seen already.")
+    wanted_action: str = setting("any", "action_conditioning: the action asked for where user_action_type.json names none; target: the"
+                                 " held-out event's own.", choices=("any", "exposure", "click", "conversion", "target"))  # fmt: skip
+    cold_candidates: str = setting("rank", "Candidates not in training (with id_dropout: known items without training events too): rank as"
+                                   " others, drop, or take a penalty off.", choices=("rank", "drop", "penalty"))  # fmt: skip
+    cold_penalty: float = setting(0.1, "cold_candidates penalty: what is taken off a score (cosine or inner product).", minimum=0)
     max_eval_users: int = setting(0, "Users evaluated of each split; 0 = all.", unit="users", minimum=0)
     eval_batch_size: int = setting(512, "Users ranked at once.", unit="users", minimum=1)
     eval_every_epochs: int = setting(1, "Epochs between evaluations.", unit="epochs", minimum=1)
@@ -558,6 +575,9 @@ def warnings_for(config: Config) -> list[str]:
         (loss.name == "sampled_softmax" and not loss.in_batch_negatives, ("max_in_batch",), "with loss.in_batch_negatives false"),
         (loss.name == "bce", ("temperature",), by_name),
         (model.item_activation == "none", ("candidate_activation",), "with model.item_activation none"),
+        (model.action_conditioning == "none", ("action_dropout", "wanted_action"), "with model.action_conditioning none"),
+        (not model.time_features, ("time_fields",), "with model.time_features false"),
+        (ev.cold_candidates != "penalty", ("cold_penalty",), f"with eval.cold_candidates {ev.cold_candidates}"),
         (not model.hash_rows, ("hashed_features",), "with model.hash_rows []"),
         (not model.hashed_features, ("hash_rows",), "with model.hashed_features []"),
         (t.optimizer == "adam" and t.weight_decay > 0, ("weight_decay",), "with training.optimizer adam"),

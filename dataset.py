@@ -64,6 +64,7 @@ class Batch(NamedTuple):
     action_types: torch.Tensor  # (N,) action of the input event + 1; 0 at user tokens
     timestamps: torch.Tensor  # (N,) seconds; 0 at user tokens
     target_index: torch.Tensor  # (N,) next item as index into unique_ids; (0,) in evaluation
+    target_actions: torch.Tensor  # (N,) action type of the target event, 0..2; (0,) in evaluation
     negative_index: torch.Tensor  # (N, K) negatives of each token as index into unique_ids; empty unless drawn for each token
     candidate_index: torch.Tensor  # (C,) shared candidates as index into unique_ids; (0,) unless shared
     unique_ids: torch.Tensor  # (M,) item ids ascending; unique_ids[0] = 0, the padding item
@@ -187,7 +188,8 @@ class _Tokens(NamedTuple):
 def _batch(users: np.ndarray, lengths: np.ndarray, unique: np.ndarray, tokens: _Tokens, **training: np.ndarray) -> Batch:
     """A batch from numpy columns; what only training has is empty without it."""
     nothing = np.zeros(0, dtype=np.int64)
-    columns = {"target_index": nothing, "negative_index": nothing.reshape(0, 0), "candidate_index": nothing} | training
+    columns = {name: nothing for name in ("target_index", "target_actions", "candidate_index")}
+    columns |= {"negative_index": nothing.reshape(0, 0)} | training
     columns |= {"users": users, "lengths": lengths, "owner": tokens.owner, "positions": tokens.positions, "unique_ids": unique}
     columns |= {"item_index": tokens.items, "action_types": tokens.actions, "timestamps": tokens.times}
     return Batch(
@@ -282,7 +284,9 @@ class BatchBuilder:
         else:
             unique, (items, target_index, negatives, shared) = self._deduplicate(tokens.items, targets, negatives, shared)
             tokens, candidates = tokens._replace(items=items), np.unique(shared)
-        return _batch(split.users, lengths, unique, tokens, target_index=target_index, negative_index=negatives, candidate_index=candidates)
+        actions = self.store.action_types[ragged_places(split.end - lengths, lengths)]
+        return _batch(split.users, lengths, unique, tokens, target_index=target_index, target_actions=actions, negative_index=negatives,
+                      candidate_index=candidates)  # fmt: skip
 
     def evaluation(self, samples: np.ndarray) -> Batch:
         """An evaluation batch: the user token and the last max_seq_length input events; the query is each user's last token."""

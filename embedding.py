@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from features import Bags, Field, SideInputs, TableLayout
+from features import ITEM_ID, Bags, Field, SideInputs, TableLayout
 from parallel import row_pieces, run
 
 BLOCK_ROWS = 8192  # rows of a field that are projected by one product
@@ -39,16 +39,22 @@ class Touched(NamedTuple):
 class JointTable(nn.Module):
     """Vectors of all values of all categorical features, as row ranges of one matrix a width; row 0 is padding and stays zero."""
 
-    def __init__(self, layout: TableLayout, init_std: float) -> None:
+    def __init__(self, layout: TableLayout, init_std: float, id_init: str = "normal") -> None:
+        """id_init: of the item ids' rows and all hash tables, "normal" as the other rows, or "zero"."""
         super().__init__()
         # Not trained parameters for torch's optimisers: their rows are updated by optim.TableOptimizer.
         self.parts = nn.ParameterList(
             nn.Parameter(torch.empty(part.end - part.begin, part.width).normal_(0.0, init_std), requires_grad=False)
             for part in layout.parts
         )
+        self._begins = [part.begin for part in layout.parts]
         with torch.no_grad():
             self.parts[0][0].zero_()
-        self._begins = [part.begin for part in layout.parts]
+            for field in layout.fields if id_init == "zero" else ():
+                if field.name == ITEM_ID or field.hash:
+                    part = next(i for i, part in enumerate(layout.parts) if field.offset + 1 < part.end)
+                    first = field.offset + 1 - self._begins[part]
+                    self.parts[part][first : first + field.size].zero_()
         self._runs = {side: _runs(layout, side) for side in ("item", "user")}
         self._touched: list[Touched] = []
 

@@ -32,7 +32,7 @@ from checkpoint import META, MODEL, TEMPORARY, Checkpoint, link, link_or_copy, l
 from config import Config
 from dataset import Split
 from errors import UserError
-from evaluate import ITEM_CHUNK, Ranker
+from evaluate import ITEM_CHUNK, Ranker, trained_items
 from features import FeatureColumns, TableLayout
 from model import Recommender
 from schema import Schema
@@ -57,16 +57,22 @@ class Member:
     def temperature(self) -> float:
         return self.config.loss.temperature if self.config.loss.name != "bce" else 1.0
 
+    @property
+    def trained(self) -> np.ndarray | None:
+        """(items + 1,) bool, what the model was trained on; None where it does not note it (without id_dropout)."""
+        return trained_items(self.checkpoint.model_state)
+
     def model(self, device: torch.device) -> Recommender:
         """The model with the checkpoint's weights."""
         widths = {name: self.schema[name].width for name in self.embeddings}
-        model = Recommender(self.config.model, self.layout, widths, self.schema.has_time)
+        action_head = self.config.loss.action_head_weight > 0
+        model = Recommender(self.config.model, self.layout, widths, self.schema.has_time, action_head=action_head)
         model.load_state_dict(self.checkpoint.model_state)
         return model.to(device)
 
     def ranker(self, store, candidate_ids: np.ndarray, device: torch.device, **options) -> Ranker:
-        """options: Ranker's batch_size, num_workers, prefetch_batches."""
-        columns = FeatureColumns(store, self.layout, self.embeddings)
+        """options: Ranker's batch_size, num_workers, prefetch_batches, cold_penalty."""
+        columns = FeatureColumns(store, self.layout, self.embeddings, self.trained)
         return Ranker(self.model(device), columns, candidate_ids, device=device, temperature=self.temperature, **options)
 
 
@@ -100,6 +106,7 @@ class EnsembleRanker(Ranker):
             num_workers=first.num_workers,
             prefetch_batches=first.prefetch_batches,
             temperature=first.temperature / shares[0],
+            cold_penalty=first.cold_penalty / shares[0],
         )
         self.rankers, self.scores = rankers, scores
         self._factors = [share / shares[0] for share in shares]
@@ -114,9 +121,9 @@ class EnsembleRanker(Ranker):
         return torch.cat(parts, dim=1)
 
     @torch.inference_mode()
-    def encode_users(self, split: Split) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def encode_users(self, split: Split, wanted: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
         """As Ranker's, after `encode_candidates`."""
-        for found in zip(*(ranker.encode_users(split) for ranker in self.rankers), strict=True):
+        for found in zip(*(ranker.encode_users(split, wanted) for ranker in self.rankers), strict=True):
             queries = [query for _, query in found]
             factors: list = list(self._factors)
             if self.scores == "zscore":

@@ -7,7 +7,7 @@ Legend: S samples (users to rank for), B users of a batch, C candidates, D width
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,10 +19,12 @@ from torch import Tensor
 from baselines import Baselines
 from columns import ragged_places
 from dataset import BatchBuilder, Split, generator, prefetch
+from errors import UserError
 from features import FeatureColumns
 from metrics import RankingMetrics, action_weights
 from model import Recommender
 from retrieval import Catalogue, prepare_catalogue, rank_targets, topk_exact
+from schema import ACTION_NAMES, ANY_ACTION
 
 ITEM_CHUNK = 16_384  # items encoded at once: keeps the tower's temporaries near 100 MiB at width 64
 LOSS_SAMPLE = 10_000  # candidates that stand for all in the validation loss
@@ -50,10 +52,34 @@ def move(tree, device: torch.device, pin: bool = False):
     return tree
 
 
+def trained_items(state: Mapping[str, Tensor]) -> np.ndarray | None:
+    """(items + 1,) bool, those whose ids a model of this state was trained on; None where it does not note it (without id_dropout)."""
+    return state["trained_items"].cpu().numpy() if "trained_items" in state else None
+
+
+def without_cold(candidate_ids: np.ndarray, columns: FeatureColumns) -> np.ndarray:
+    """The candidates that were in training; UserError where none was."""
+    kept = candidate_ids[columns.is_trained(candidate_ids)]
+    if not len(kept):
+        raise UserError(f"eval.cold_candidates drop: none of the {len(candidate_ids):,} candidates was in training. Use rank or penalty.")
+    return kept
+
+
+def wanted_actions(name: str, store, split: Split) -> np.ndarray:
+    """(S,) int64 action that each sample's query asks for, by the name of eval.wanted_action.
+
+    "target" alone reads what is to be predicted; ANY_ACTION where there is no target.
+    """
+    if name == "target":
+        return np.where(split.target >= 0, store.action_types[np.maximum(split.target, 0)], ANY_ACTION).astype(np.int64)
+    return np.full(split.num_samples, ANY_ACTION if name == "any" else ACTION_NAMES.index(name), dtype=np.int64)
+
+
 class Ranker:
     """Ranks a fixed set of candidates for users of a store.
 
     candidate_ids: (C,) ids of the store's items, any order; the result is independent of the order. Answers tie-break by lowest id.
+    cold_penalty: taken off the scores of candidates that were not in training.
     """
 
     def __init__(
@@ -67,10 +93,12 @@ class Ranker:
         num_workers: int = 1,
         prefetch_batches: int = 4,
         temperature: float = 1.0,
+        cold_penalty: float = 0.0,
     ) -> None:
         self.model, self.columns, self.store, self.device = model, columns, columns.store, device
         self.candidate_ids = np.unique(candidate_ids)
         self.batch_size, self.num_workers, self.prefetch_batches, self.temperature = batch_size, num_workers, prefetch_batches, temperature
+        self.cold_penalty = cold_penalty
         self._place = np.full(self.store.num_items + 1, -1, dtype=np.int64)
         self._place[self.candidate_ids] = np.arange(len(self.candidate_ids))
 
@@ -86,8 +114,11 @@ class Ranker:
         return encoded
 
     @torch.inference_mode()
-    def encode_users(self, split: Split) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """(sample numbers (B,), query vectors (B, D)) of a split's samples, batch by batch, similar lengths together."""
+    def encode_users(self, split: Split, wanted: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """(sample numbers (B,), query vectors (B, D)) of a split's samples, batch by batch, similar lengths together.
+
+        wanted: (S,) int64 action that each query asks for, for a model with action_conditioning; None = ANY_ACTION.
+        """
         self.model.eval()
         builder = BatchBuilder(self.store, split, self.model.config.max_seq_length)
         order = np.argsort(split.begin - split.end, kind="stable")  # the longest first: what later batches allocate fits where it lay
@@ -99,7 +130,8 @@ class Ranker:
 
         for samples, built in zip(chunks, prefetch(build, range(len(chunks)), self.num_workers, self.prefetch_batches)):
             batch, features = move(built, self.device)
-            query, _ = self.model(batch, features)
+            asked = None if wanted is None else torch.from_numpy(wanted[samples]).to(self.device)
+            query, _ = self.model(batch, features, asked)
             yield samples, query.index_select(0, batch.lengths.cumsum(0) - 1)
 
     @torch.inference_mode()
@@ -112,22 +144,29 @@ class Ranker:
         fill: bool = False,
         keep_queries: bool = False,
         ranks_of: np.ndarray | None = None,
+        wanted: np.ndarray | None = None,
     ) -> Ranking:
         """Exact top k for each sample; seen items (all input events, not only the window) removed where asked.
 
         fill: a user who has seen so much that fewer than k candidates are left gets the best of the seen ones after them.
         ranks_of: (S,) bool, the samples whose target's exact rank is counted over all candidates too; that takes as long again.
+        wanted: as in `encode_users`.
         """
-        candidates = self.encode_candidates()
+        encoded = self.encode_candidates()
+        candidates = self.with_penalties(encoded)
         catalogue = prepare_catalogue(candidates)
         k_found = min(k, len(self.candidate_ids))
         ids = np.zeros((split.num_samples, k), dtype=np.int64)
         scores = np.full((split.num_samples, k), -np.inf, dtype=np.float32)
-        queries = np.zeros((split.num_samples if keep_queries else 0, candidates.shape[1]), dtype=np.float32)
+        queries = np.zeros((split.num_samples if keep_queries else 0, encoded.shape[1]), dtype=np.float32)
         losses = []
         target_ranks = np.full(split.num_samples, -1, dtype=np.int64)
-        for samples, query in self.encode_users(split):
+        for samples, query in self.encode_users(split, wanted):
             part = split.take(samples)
+            if keep_queries:
+                queries[samples] = query.cpu().numpy()
+            if self.cold_penalty:
+                query = torch.cat((query, query.new_ones(len(query), 1)), dim=1)
             seen = self._seen(part) if remove_seen else None
             found_scores, found = (t.cpu().numpy() for t in topk_exact(query, catalogue, k_found, exclude=seen))
             if ranks_of is not None and ranks_of[samples].any():
@@ -138,10 +177,15 @@ class Ranker:
             ids[samples, :k_found] = np.where(found >= 0, self.candidate_ids[found], 0)
             scores[samples, :k_found] = found_scores
             losses.append(self._target_losses(query, candidates, part))
-            if keep_queries:
-                queries[samples] = query.cpu().numpy()
         flat = torch.cat(losses) if losses else torch.zeros(0)
-        return Ranking(ids, scores, float(flat.double().mean()), candidates, queries, target_ranks)
+        return Ranking(ids, scores, float(flat.double().mean()), encoded, queries, target_ranks)
+
+    def with_penalties(self, candidates: Tensor) -> Tensor:
+        """Vectors (C, D) of the candidates; with cold_penalty (C, D + 1), for queries that end in a one."""
+        if not self.cold_penalty:
+            return candidates
+        cold = torch.from_numpy(~self.columns.is_trained(self.candidate_ids)).to(candidates.device)
+        return torch.cat((candidates, -self.cold_penalty * cold[:, None].to(candidates.dtype)), dim=1)
 
     @cached_property
     def _loss_sample(self) -> Tensor:

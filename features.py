@@ -27,6 +27,7 @@ ITEM_ID, USER_ID = "item_id", "user_id"
 
 
 HASH_KEY = 5  # first word of the hash of a value, so that it shares no stream with the samplers
+ID_DROPOUT_KEY = 6
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class SideInputs(NamedTuple):
     segments: tuple[int, ...]  # field i of the side owns rows[segments[i]:segments[i + 1]]; segments[0] = 1
     bags: Bags
     dense: tuple[Dense, ...]
+    no_id: torch.Tensor | None = None  # (M,) bool, items whose id is left out for the vector of unknown ids. None = ids count as they are
 
 
 class FeatureInputs(NamedTuple):
@@ -201,37 +203,63 @@ def known_items_digest(store) -> str:
     return digest.hexdigest()
 
 
+def dropped_ids(item_ids: np.ndarray, rate: float, *, seed: int, epoch: int, step: int) -> np.ndarray:
+    """(M,) bool: which items' ids a training batch leaves out, each with probability `rate`; a hash of (seed, epoch, step, item)."""
+    return counter_hash(ID_DROPOUT_KEY, seed, epoch, step, item_ids) < np.uint64(rate * 2.0**64)
+
+
 class FeatureColumns:
     """Gathers features of items and users of a store by id, for a given table layout and set of embeddings.
 
     The layout may come from another store (the training data of a checkpoint): values above a field's range, unseen in
     training, become missing. Gathers run in the loader's threads.
+    trained: (known items + 1,) bool, for a model with a vector of unknown ids (id_dropout), the items it has been trained on: the others'
+    ids are left out. None = for a model without one.
     """
 
-    def __init__(self, store, layout: TableLayout, embeddings: tuple[str, ...]) -> None:
-        self.store, self.layout = store, layout
+    def __init__(self, store, layout: TableLayout, embeddings: tuple[str, ...], trained: np.ndarray | None = None) -> None:
+        self.store, self.layout, self.trained = store, layout, trained
         self.embeddings = tuple(store.embedding(i) for i in embeddings)
         self._fields = {side: _SideFields.of(layout.side(side), store.schema, side) for side in ("item", "user")}
         self._all_items: dict[bool, SideInputs] = {}
 
-    def gather(self, item_ids: np.ndarray, users: np.ndarray, transposed: bool = False) -> FeatureInputs:
+    def gather(
+        self, item_ids: np.ndarray, users: np.ndarray, transposed: bool = False, dropped: np.ndarray | None = None
+    ) -> FeatureInputs:
         """Features of unique items (M,) and of users (B,), the latter as index into the store's users.
 
-        transposed: with what the backward pass needs.
+        transposed: with what the backward pass needs. dropped: as in `items`.
         """
-        return FeatureInputs(self.items(item_ids, transposed), self.users(users, transposed))
+        return FeatureInputs(self.items(item_ids, transposed, dropped), self.users(users, transposed))
 
-    def items(self, item_ids: np.ndarray, transposed: bool = False) -> SideInputs:
-        """Features of items (M,), ids of the store. A repeat of the whole catalogue (full softmax) is gathered once."""
+    def items(self, item_ids: np.ndarray, transposed: bool = False, dropped: np.ndarray | None = None) -> SideInputs:
+        """Features of items (M,), ids of the store. A repeat of the whole catalogue (full softmax) is gathered once, but for id dropout.
+
+        dropped: (M,) bool, items of a training batch whose ids are left out; None = not training: those that were not trained on.
+        """
+        if self.trained is not None:
+            return self._items_without_ids(item_ids, transposed, ~self.is_trained(item_ids) if dropped is None else dropped)
         whole = len(item_ids) == self.store.num_items + 1
         if whole and transposed in self._all_items:
             return self._all_items[transposed]
-        known = np.where(item_ids <= self.store.num_known_items, item_ids, 0)
-        dense = tuple(self._dense(column, item_ids) for column in self.embeddings)
-        inputs = self._inputs("item", known, self.store.item_single, self.store.item_multi, item_ids, dense, transposed)
+        inputs = self._items(item_ids, item_ids <= self.store.num_known_items, transposed)
         if whole:
             self._all_items[transposed] = inputs
         return inputs
+
+    def is_trained(self, item_ids: np.ndarray) -> np.ndarray:
+        """(M,) bool: items that the model has been trained on; where that is not noted, those that training knows."""
+        known = item_ids <= self.store.num_known_items
+        return known if self.trained is None else known & self.trained[np.where(known, item_ids, 0)]
+
+    def _items_without_ids(self, item_ids: np.ndarray, transposed: bool, without: np.ndarray) -> SideInputs:
+        without = without & (item_ids > 0)  # padding is no item
+        return self._items(item_ids, ~without, transposed)._replace(no_id=torch.from_numpy(without))
+
+    def _items(self, item_ids: np.ndarray, with_id: np.ndarray, transposed: bool) -> SideInputs:
+        dense = tuple(self._dense(column, item_ids) for column in self.embeddings)
+        ids = np.where(with_id, item_ids, 0)
+        return self._inputs("item", ids, self.store.item_single, self.store.item_multi, item_ids, dense, transposed)
 
     def users(self, users: np.ndarray, transposed: bool = False) -> SideInputs:
         """Features of users (B,), index into the store's users."""

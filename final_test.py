@@ -27,7 +27,7 @@ RANKED_KEY = 5  # first word of a generator's key
 def run_test(trainer: Trainer) -> dict:
     """Load the run's best checkpoint, evaluate it on the test split beside the baselines, and write metrics.json; returns its content."""
     best = checkpoints.load_checkpoint(trainer.run.checkpoint_dir / trainer.best_name, with_trainer=False)
-    trainer.model.load_state_dict(best.model_state)
+    trainer.load_weights(best.model_state)
     return write_test_metrics(trainer, best)
 
 
@@ -55,6 +55,7 @@ def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> 
         "num_candidates": len(trainer.candidates),
         "num_cold_candidates": trainer.num_cold_candidates,
         "seen_removed": config.remove_seen,
+        **({"wanted_action": config.wanted_action} if trainer.config.model.action_conditioning != "none" else {}),
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.meta["step"],
         "epoch": checkpoint.meta["epoch"],

@@ -17,14 +17,15 @@ import torch
 
 from candidates import normalise_id
 from dataset import predict_split
-from ensemble import ENSEMBLE, read_ensemble
+from ensemble import ENSEMBLE, Ensemble, read_ensemble
 from errors import UserError, run_cli
-from evaluate import Ranker, Ranking
-from features import known_items_digest
-from schema import Schema
+from evaluate import Ranker, Ranking, wanted_actions, without_cold
+from features import FeatureColumns, known_items_digest
+from schema import ACTION_NAMES, NUM_ACTION_TYPES, Schema
 from store import open_store
 
 ANSWERS = 10  # creative ids a user
+ACTION_FILE = "user_action_type.json"
 
 
 def infer() -> tuple[list[list[int | str]], list[str]]:
@@ -44,13 +45,57 @@ def infer() -> tuple[list[list[int | str]], list[str]]:
     for member in ensemble.members:
         _check_fit(store, member.meta, member.schema, member.path, data_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy = config.eval.cold_candidates
     options = {"batch_size": config.eval.eval_batch_size, "num_workers": max(1, config.data.num_workers)}
+    options["cold_penalty"] = config.eval.cold_penalty if policy == "penalty" else 0.0
     candidates = np.asarray(store.candidate_item_ids)
+    if policy == "drop":
+        first = ensemble.members[0]
+        candidates = without_cold(candidates, FeatureColumns(store, first.layout, (), first.trained))
     ranker = ensemble.ranker([member.ranker(store, candidates, device, **options) for member in ensemble.members])
-    ranking = ranker.rank(predict_split(store), ANSWERS, remove_seen=True, fill=True, keep_queries=bool(result_path))
+    users = store.raw_user_ids.take(np.arange(store.num_users))
+    ranking = ranker.rank(
+        predict_split(store),
+        ANSWERS,
+        remove_seen=True,
+        fill=True,
+        keep_queries=bool(result_path),
+        wanted=_wanted(data_path / ACTION_FILE, store, users, ensemble),
+    )
     if result_path:
         write_baseline_files(Path(result_path), store, ranker, ranking)
-    return creative_ids(store, ranking.topk_ids), store.raw_user_ids.take(np.arange(store.num_users))
+    return creative_ids(store, ranking.topk_ids), users
+
+
+def _wanted(path: Path, store, users: list[str], ensemble: Ensemble) -> np.ndarray:
+    """(S,) int64 action that each user's query asks for: the file's, where there is one that names the user, else eval.wanted_action."""
+    default = ensemble.members[0].config.eval.wanted_action
+    wanted = wanted_actions(default, store, predict_split(store))  # there is no target: "target" is any
+    if not path.is_file():
+        return wanted
+    if all(member.config.model.action_conditioning == "none" for member in ensemble.members):
+        print(f"{path.name}: not used; the model was trained without action_conditioning")
+        return wanted
+    given = read_action_types(path)
+    found = np.array([given.get(user, -1) for user in users], dtype=np.int64)
+    others = "any" if default == "target" else default
+    print(f"{path.name}: names the wanted action of {int((found >= 0).sum()):,} of {len(users):,} users; {others} for the others")
+    return np.where(found >= 0, found, wanted)
+
+
+def read_action_types(path: Path) -> dict[str, int]:
+    """user_action_type.json: {raw user id: action type of the event to predict}. UserError where it is anything else."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}. Mend it or remove it.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected {{user id: action type}}, found {type(tree).__name__}. Mend it or remove it.")
+    for user, action in tree.items():
+        if type(action) is not int or not 0 <= action < NUM_ACTION_TYPES:
+            expected = ", ".join(f"{code} ({name})" for code, name in enumerate(ACTION_NAMES))
+            raise UserError(f"{path}: the action type of user {user[:40]!r} is {str(action)[:40]!r}; expected {expected}.")
+    return tree
 
 
 def _folder(variable: str, what: str) -> Path:
@@ -117,11 +162,15 @@ def creative_ids(store, item_ids: np.ndarray) -> list[list[int | str]]:
 def write_baseline_files(folder: Path, store, ranker: Ranker, ranking: Ranking) -> None:
     """The organisers' intermediate files, for tools that read them: vectors (.fbin), retrieval ids (.u64bin), their creative ids (JSON)."""
     folder.mkdir(parents=True, exist_ok=True)
-    items = np.asarray(store.candidate_item_ids)
+    ranked = np.isin(store.candidate_item_ids, ranker.candidate_ids)  # with cold_candidates drop not all
+    items = np.asarray(store.candidate_item_ids)[ranked]
     place = np.searchsorted(ranker.candidate_ids, items)
-    _write_matrix(folder / "embedding.fbin", ranking.candidates.cpu().numpy()[place])
-    _write_matrix(folder / "query.fbin", ranking.queries)
-    retrieval = np.asarray(store.retrieval_ids, dtype=np.uint64)
+    vectors = ranker.with_penalties(ranking.candidates).cpu().numpy()
+    # A column of ones meets the penalties, so that the files' inner products are the scores that were ranked.
+    queries = np.pad(ranking.queries, ((0, 0), (0, vectors.shape[1] - ranking.queries.shape[1])), constant_values=1.0)
+    _write_matrix(folder / "embedding.fbin", vectors[place])
+    _write_matrix(folder / "query.fbin", queries)
+    retrieval = np.asarray(store.retrieval_ids, dtype=np.uint64)[ranked]
     _write_matrix(folder / "id.u64bin", retrieval[:, None])
     creatives = creative_ids(store, items[:, None])
     text = json.dumps({str(r): c[0] for r, c in zip(retrieval.tolist(), creatives)})

@@ -1,4 +1,4 @@
-"""Layers of sequence models on packed tokens: attention, feed-forward, Transformer blocks, time features.
+"""Layers of sequence models on packed tokens: attention, feed-forward, Transformer blocks.
 
 Dense parts run on valid tokens only (N, D); attention alone pads on the right, to the batch's longest row. No mask tensor
 is ever built: right padding and the causal flag suffice, so the flash kernels run. Must not open files or move tensors between devices.
@@ -228,8 +228,6 @@ class Transformer(nn.Module):
 
 BACKBONES = {"transformer": Transformer}  # by the setting model.backbone
 
-GAP_BUCKETS, HOURS, WEEKDAYS = 32, 24, 7
-
 
 def pick(table: nn.Embedding, index: Tensor) -> Tensor:
     """table(index) for a small table; index_select's backward pass takes a fifth of nn.Embedding's on CPU: 0.13 ms, not 0.65."""
@@ -265,22 +263,3 @@ class _GatherTokens(torch.autograd.Function):
             start += num
         run(jobs)
         return *grads, None, None
-
-
-class TimeFeatures(nn.Module):
-    """Vectors for the gap since the previous event (log2 buckets of seconds), the hour and the weekday of an event, summed."""
-
-    def __init__(self, width: int, init_std: float) -> None:
-        super().__init__()
-        self.gap, self.hour, self.weekday = (nn.Embedding(size, width) for size in (GAP_BUCKETS, HOURS, WEEKDAYS))
-        for table in (self.gap, self.hour, self.weekday):
-            nn.init.normal_(table.weight, std=init_std)
-
-    def forward(self, timestamps: Tensor, positions: Tensor) -> Tensor:
-        """timestamps: (N,) seconds since 1970, 0 at user tokens; positions: (N,), 0 = user token. Result (N, D), zeros at user tokens."""
-        gap = torch.zeros_like(timestamps)
-        gap[1:] = timestamps[1:] - timestamps[:-1]
-        gap = torch.where(positions > 1, gap.clamp(min=0), 0)  # a window's first event has no gap that is known
-        bucket = torch.log2(gap.double() + 1).long().clamp(max=GAP_BUCKETS - 1)
-        hour, weekday = timestamps // 3600 % HOURS, timestamps // 86_400 % WEEKDAYS
-        return (pick(self.gap, bucket) + pick(self.hour, hour) + pick(self.weekday, weekday)) * (positions > 0)[:, None]

@@ -138,7 +138,7 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
                 "users that it was trained on may be among those it is tested on."
             )
         write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
-        trainer.model.load_state_dict(loaded.model_state)
+        trainer.load_weights(loaded.model_state)
         if others:
             rankers = [ranker_of_member(arguments, member, trainer) for member in others]
             trainer.ranker_of = lambda ranker: ensemble.ranker([ranker, *rankers])
@@ -180,13 +180,13 @@ SPLIT_SETTINGS = ("protocol", "holdout_fraction", "seed")
 
 
 def settings_of_checkpoint(arguments: ParsedArguments, meta: dict, path: Path) -> Config:
-    """The present settings with the checkpoint's model group, embeddings and split.
+    """The present settings with the checkpoint's model group, its head, embeddings and split.
 
     UserError where a flag or the environment contradicts it; what config.yaml says of these gives way to the checkpoint.
     """
     saved = Config.from_dict(meta["config"], f"{path}/meta.json")
     values = {key: value for key, value in saved.to_dict()["model"].items()} | {key: saved.get(key) for key in SPLIT_SETTINGS}
-    values["multimodal_features"] = meta["embeddings"]
+    values |= {"multimodal_features": meta["embeddings"], "action_head_weight": saved.loss.action_head_weight}
     wrong = []
     for key, value in values.items():
         given, origin = arguments.config.get(key), arguments.origins[key]
@@ -280,7 +280,7 @@ def load_weights(trainer: Trainer, path: Path) -> None:
     """--state_dict_path without --inference_only: a new run from a checkpoint's weights."""
     loaded = checkpoints.load_checkpoint(path, with_trainer=False)
     check_compatible(loaded.meta, trainer.config, trainer.layout, trainer.embeddings, loaded.path)
-    trainer.model.load_state_dict(loaded.model_state)
+    trainer.load_weights(loaded.model_state)
     trainer.logger.say(f"weights from {loaded.path} (step {loaded.meta['step']})")
 
 

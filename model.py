@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actions import ActionConditioning, ActionHead, wanted_in_training
 from dataset import Batch
 from embedding import JointTable, RowProjection
-from features import Dense, FeatureInputs, SideInputs, TableLayout
-from layers import BACKBONES, Dropout, Packing, TimeFeatures, gather_tokens, pick
+from features import ITEM_ID, Dense, FeatureInputs, SideInputs, TableLayout
+from layers import BACKBONES, Dropout, Packing, gather_tokens, pick
 from parallel import in_pieces, row_pieces
-from schema import NUM_ACTION_TYPES
+from schema import ANY_ACTION, NUM_ACTION_TYPES
+from time_features import TimeFeatures
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
@@ -28,6 +30,14 @@ class ItemVectors(NamedTuple):
 
     history: Tensor  # (M, D) as inputs of the sequence
     candidate: Tensor  # (M, D) as answers, float32; normalised where similarity is cosine
+
+
+class Encoded(NamedTuple):
+    """A batch, encoded."""
+
+    query: Tensor  # (N, D) float32; normalised where similarity is cosine
+    item_emb: Tensor  # (M, D) float32, candidate side; likewise
+    state: Tensor  # (N, D) the queries before the wanted action modulates them; `query` itself where it does not
 
 
 class DenseProjection(nn.Module):
@@ -54,15 +64,17 @@ class Recommender(nn.Module):
     """Item tower, user token and causal sequence encoder over one joint table.
 
     config: the model group of the settings. layout: fields of the joint table. embedding_widths: {feature id: width} of the
-    multimodal features in use. has_time: whether the data's timestamps are times.
+    multimodal features in use. has_time: whether the data's timestamps are times. action_head: with the head of loss.action_head_weight.
     """
 
-    def __init__(self, config, layout: TableLayout, embedding_widths: dict[str, int], has_time: bool) -> None:
+    def __init__(
+        self, config, layout: TableLayout, embedding_widths: dict[str, int], has_time: bool, *, action_head: bool = False
+    ) -> None:
         super().__init__()
         width = config.hidden_units
         self.config = config
         project = config.item_tower == "linear"
-        self.table = JointTable(layout, config.init_std)
+        self.table = JointTable(layout, config.init_std, config.id_init)
         self.item_projection = RowProjection(layout, "item", width, project)
         self.user_projection = RowProjection(layout, "user", width, project)
         self.item_bias = nn.Parameter(torch.zeros(width)) if project else None
@@ -70,10 +82,19 @@ class Recommender(nn.Module):
         self.user_token = nn.Parameter(torch.empty(width).normal_(0.0, config.init_std))
         self.actions = nn.Embedding(NUM_ACTION_TYPES + 1, width) if config.action_embedding else None
         self.positions = nn.Embedding(config.max_seq_length + 1, width) if config.position == "learned" else None
-        self.time = TimeFeatures(width, config.init_std) if config.time_features and has_time else None
+        with_time = config.time_features and has_time and config.time_fields
+        self.time = TimeFeatures(width, config.init_std, config.time_fields) if with_time else None
         self.embedding_norm = nn.LayerNorm(width) if config.embedding_norm else nn.Identity()
         self.dropout = Dropout(config.dropout_rate)
         self.backbone = BACKBONES[config.backbone](config)
+        self.conditioning = ActionConditioning(config.action_conditioning, width) if config.action_conditioning != "none" else None
+        self.action_head = ActionHead(width) if action_head else None
+        self.unknown_id = nn.Parameter(torch.zeros(width)) if config.id_dropout else None
+        if config.id_dropout:  # which items' ids have been trained on, (items + 1,): the others get unknown_id for good
+            num_items = next(field.values for field in layout.fields if field.name == ITEM_ID)
+            self.register_buffer("trained_items", torch.zeros(num_items + 1, dtype=torch.bool))
+        # A zero vector's gradient through a cosine is its upstream over this: with torch's 1e-12 one such item would rule the step.
+        self.smallest_norm = config.init_std if config.id_init == "zero" else 1e-12
         self._initialise(config)
 
     def _initialise(self, config) -> None:
@@ -96,30 +117,36 @@ class Recommender(nn.Module):
         """Vectors of M unique items."""
         vectors = self.item_projection(self.table.lookup("item", inputs), inputs)  # (M, D)
         if vectors.is_cuda or not torch.is_grad_enabled():
-            return ItemVectors(*self._finish_items(vectors, inputs.dense))
+            return ItemVectors(*self._finish_items(vectors, inputs.dense, inputs.no_id))
         pieces = row_pieces(len(vectors))
 
         def body(number: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
             begin, end = pieces[number]
-            return self._finish_items(vectors, tuple(Dense(dense.values[begin:end], dense.present[begin:end]) for dense in inputs.dense))
+            no_id = None if inputs.no_id is None else inputs.no_id[begin:end]
+            dense = tuple(Dense(dense.values[begin:end], dense.present[begin:end]) for dense in inputs.dense)
+            return self._finish_items(vectors, dense, no_id)
 
-        parameters = [*self.dense.parameters()] + ([] if self.item_bias is None else [self.item_bias])
+        parameters = [*self.dense.parameters(), *(p for p in (self.item_bias, self.unknown_id) if p is not None)]
         return ItemVectors(*in_pieces(body, pieces, (vectors,), parameters))
 
-    def _finish_items(self, vectors: Tensor, all_dense: tuple[Dense, ...]) -> tuple[Tensor, Tensor]:
+    def _finish_items(self, vectors: Tensor, all_dense: tuple[Dense, ...], no_id: Tensor | None) -> tuple[Tensor, Tensor]:
         """From the sum over features (M, D) to what ItemVectors holds."""
+        if self.unknown_id is not None:
+            assert no_id is not None, "id_dropout: the items' features must say whose ids are left out (FeatureColumns.trained)"
+            vectors = vectors + no_id[:, None] * self.unknown_id
         for projection, dense in zip(self.dense.values(), all_dense):
             vectors = vectors + projection(dense)
         if self.item_bias is not None:
             vectors = vectors + self.item_bias
         history = ACTIVATIONS[self.config.item_activation](vectors)
         candidate = (history if self.config.candidate_activation else vectors).float()
-        return history, F.normalize(candidate, dim=-1) if self.config.similarity == "cosine" else candidate
+        return history, F.normalize(candidate, dim=-1, eps=self.smallest_norm) if self.config.similarity == "cosine" else candidate
 
-    def encode_sequence(self, history: Tensor, batch: Batch, users: SideInputs) -> Tensor:
-        """Query vectors (N, D), float32, one a token; normalised where similarity is cosine.
+    def encode_sequence(self, history: Tensor, batch: Batch, users: SideInputs, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Query vectors and states (N, D) each, float32, one a token: see Encoded.
 
-        history: (M, D) vectors of the batch's unique items.
+        history: (M, D) vectors of the batch's unique items. wanted: (B,) int64 action that is asked for of each user's next event; None =
+        in a training batch the target's, else ANY_ACTION.
         """
         user = self.user_token.expand(batch.users.shape[0], -1)
         if self.user_projection.num_fields:
@@ -127,24 +154,40 @@ class Recommender(nn.Module):
         # Token n stands for unique item item_index[n], or for the user owner[n]: one gather from both.
         source = torch.where(batch.positions == 0, batch.owner + history.shape[0], batch.item_index)
         x = gather_tokens(history, user, source)  # (N, D)
+        actions = self._wanted_actions(batch, wanted)
         if x.is_cuda or not torch.is_grad_enabled():
-            return self._encode_tokens(x, batch.action_types, batch.timestamps, Packing.from_batch(batch))
+            found = self._encode_tokens(x, batch.action_types, batch.timestamps, Packing.from_batch(batch), actions)
+            return found[0], found[-1]
         pieces = Packing.in_pieces(batch)
 
-        def body(number: int, x: Tensor) -> tuple[Tensor]:
+        def body(number: int, x: Tensor) -> tuple[Tensor, ...]:
             tokens, packing = pieces[number]
             part = slice(tokens.begin, tokens.end)
-            return (self._encode_tokens(x, batch.action_types[part], batch.timestamps[part], packing),)
+            of_piece = None if actions is None else actions[part]
+            return self._encode_tokens(x, batch.action_types[part], batch.timestamps[part], packing, of_piece)
 
-        return in_pieces(body, [tokens for tokens, _ in pieces], (x,), self._sequence_parameters())[0]
+        found = in_pieces(body, [tokens for tokens, _ in pieces], (x,), self._sequence_parameters())
+        return found[0], found[-1]
+
+    def _wanted_actions(self, batch: Batch, wanted: Tensor | None) -> Tensor | None:
+        """(N,) the action that each token's query is asked for; None without conditioning."""
+        if self.conditioning is None:
+            return None
+        if wanted is not None:
+            return wanted.index_select(0, batch.owner)
+        if not batch.target_actions.numel():
+            return torch.full_like(batch.owner, ANY_ACTION)
+        return wanted_in_training(batch.target_actions, self.config.action_dropout if self.training else 0.0)
 
     def _sequence_parameters(self) -> list[nn.Parameter]:
         """All that `_encode_tokens` uses."""
-        modules = (self.actions, self.positions, self.time, self.embedding_norm, self.backbone)
+        modules = (self.actions, self.positions, self.time, self.embedding_norm, self.backbone, self.conditioning)
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
-    def _encode_tokens(self, x: Tensor, action_types: Tensor, timestamps: Tensor, packing: Packing) -> Tensor:
-        """Vectors of items and users (N, D) to queries (N, D)."""
+    def _encode_tokens(
+        self, x: Tensor, action_types: Tensor, timestamps: Tensor, packing: Packing, wanted: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Vectors of items and users (N, D) to queries (N, D); with conditioning, to these and the states. wanted: (N,) actions."""
         if self.actions is not None:
             x = x + pick(self.actions, action_types)
         if self.positions is not None:
@@ -152,10 +195,21 @@ class Recommender(nn.Module):
         if self.time is not None:
             x = x + self.time(timestamps, packing.positions)
         x = self.dropout(self.embedding_norm(x))
-        query = self.backbone(x, packing).float()
+        state = self.backbone(x, packing).float()
+        if self.conditioning is None:
+            return (self._normalised(state),)
+        query = self._normalised(self.conditioning(state, wanted))
+        return (query,) if self.action_head is None else (query, self._normalised(state))
+
+    def _normalised(self, query: Tensor) -> Tensor:
         return F.normalize(query, dim=-1) if self.config.similarity == "cosine" else query
 
-    def forward(self, batch: Batch, features: FeatureInputs) -> tuple[Tensor, Tensor]:
-        """Query vectors (N, D) and candidate vectors (M, D) of a batch."""
+    def encode(self, batch: Batch, features: FeatureInputs, wanted: Tensor | None = None) -> Encoded:
+        """All that a loss takes of a batch. wanted: as in `encode_sequence`."""
         items = self.encode_items(features.items)
-        return self.encode_sequence(items.history, batch, features.users), items.candidate
+        query, state = self.encode_sequence(items.history, batch, features.users, wanted)
+        return Encoded(query, items.candidate, state)
+
+    def forward(self, batch: Batch, features: FeatureInputs, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Query vectors (N, D) and candidate vectors (M, D) of a batch."""
+        return self.encode(batch, features, wanted)[:2]

@@ -15,6 +15,7 @@ from errors import UserError
 EXPOSURE, CLICK, CONVERSION = 0, 1, 2
 ACTION_NAMES = ("exposure", "click", "conversion")
 NUM_ACTION_TYPES = len(ACTION_NAMES)
+ANY_ACTION = NUM_ACTION_TYPES  # of a wanted action: none in particular
 
 SIDES = ("user", "item")
 KINDS = ("single", "multi", "embedding")

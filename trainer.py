@@ -27,8 +27,8 @@ from config import Config
 from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch, training_item_counts
 from embedding import Touched
 from errors import RunError, UserError
-from evaluate import Ranker, Ranking, move, split_metrics
-from features import FeatureColumns, FeatureInputs, TableLayout, known_items_digest
+from evaluate import Ranker, Ranking, move, split_metrics, trained_items, wanted_actions, without_cold
+from features import FeatureColumns, FeatureInputs, TableLayout, dropped_ids, known_items_digest
 from logger import RunLogger, rss_gib
 from model import Recommender
 from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_touched
@@ -49,13 +49,15 @@ FREE_SETTINGS = frozenset(
     "tensorboard_histograms projector_items".split()
 )
 LOWER_IS_BETTER = ("loss",)
-PROGRESS = ("epoch", "batch", "step", "best_value", "best_name", "evaluations_since_best", "evaluated_step", "loss_sum", "loss_count")
+PROGRESS = ("epoch", "batch", "step", "best_value", "best_name", "evaluations_since_best", "evaluated_step", "loss_sum", "loss_count",
+            "action_loss_sum")  # fmt: skip
 
 
 def build_model(config: Config, layout: TableLayout, schema, embeddings: tuple[str, ...]) -> Recommender:
     """A freshly initialised model; its weights depend on config.system.seed alone."""
     torch.manual_seed(config.system.seed)
-    model = Recommender(config.model, layout, {i: schema[i].width for i in embeddings}, schema.has_time)
+    widths = {i: schema[i].width for i in embeddings}
+    model = Recommender(config.model, layout, widths, schema.has_time, action_head=config.loss.action_head_weight > 0)
     model.backbone.gradient_checkpointing = config.training.gradient_checkpointing
     if config.training.compile:
         model.backbone.compile(dynamic=True)  # in place: the names of the weights stay
@@ -80,7 +82,7 @@ class _Share(NamedTuple):
     """What one batch gives to an update, besides the dense gradients, which add up in place."""
 
     num_targets: int
-    loss: Tensor  # mean over the targets
+    losses: Tensor  # (2,) means over the targets: the loss, and that of the action head
     touched: list[Touched]
     users: Tensor  # (B,)
 
@@ -104,6 +106,7 @@ class Trainer:
         training = config.training
         self.model = build_model(config, layout, store.schema, embeddings).to(device)
         self.columns = FeatureColumns(store, layout, embeddings)
+        self._note_trained_items()
         self.builder = BatchBuilder(store, splits.train, config.model.max_seq_length, config.system.seed, negative_sampling(config))
         self.order = TrainingOrder(
             splits.train, training.batch_size, config.system.seed, config.model.max_seq_length, config.data.length_buckets
@@ -114,12 +117,15 @@ class Trainer:
             logger.say(
                 f"candidates: {len(self.candidates):,} are ranked; {self.num_cold_candidates:,} are unknown in training and left out"
             )
+        if config.eval.cold_candidates == "drop":
+            before, self.candidates = len(self.candidates), without_cold(self.candidates, self.columns)
+            logger.say(f"candidates: {before - len(self.candidates):,} of {before:,} were not in training and are dropped")
         self.steps_per_epoch = -(-self.order.num_batches // training.accumulate_steps)  # the last one of an epoch may have fewer batches
         self.total_steps = training.max_steps or self.steps_per_epoch * training.num_epochs
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and updates done
         self.best_value, self.best_name, self.evaluations_since_best, self.evaluated_step = math.nan, "", 0, -1
         self._valid_metrics: dict = {}
-        self.loss_sum, self.loss_count = 0.0, 0  # since the last log line
+        self.loss_sum, self.action_loss_sum, self.loss_count = 0.0, 0.0, 0  # since the last log line
         self.stop_signal = 0
         self.ranker_of: Callable[[Ranker], Ranker] | None = None  # of the model's ranker makes the one that evaluates: an ensemble's
         self._shares: list[_Share] = []  # of the update that is being made, a batch each
@@ -146,6 +152,17 @@ class Trainer:
     def _item_ids_digest(self) -> str:
         return known_items_digest(self.store)
 
+    def _note_trained_items(self) -> None:
+        """With id_dropout: items with training events join those that the model has been trained on."""
+        if self.config.model.id_dropout:
+            self.model.trained_items |= torch.from_numpy(self.item_counts > 0).to(self.device)
+            self.columns.trained = trained_items(dict(self.model.named_buffers()))
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        """state: of model.pt."""
+        self.model.load_state_dict(state)
+        self.columns.trained = trained_items(dict(self.model.named_buffers()))
+
     # ---- training ----
 
     def fit(self) -> None:
@@ -154,6 +171,7 @@ class Trainer:
             self.logger.warn_once(line)
         if self.run.resume_from is not None:
             self._resume(self.run.resume_from)
+        self._note_trained_items()  # a run that starts from other weights adds its own
         with self._signals_noted():
             # Where a signal or a kill came between the last step and its evaluation, that evaluation is still due.
             while (self.step < self.total_steps or self.evaluated_step != self.step) and not self._out_of_patience():
@@ -221,7 +239,10 @@ class Trainer:
 
     def _build(self, number: int) -> tuple[Batch, FeatureInputs]:
         batch = self.builder.training(self.order.samples(number), self.epoch, number)
-        built = batch, self.columns.gather(batch.unique_ids.numpy(), batch.users.numpy(), transposed=self.device.type == "cpu")
+        ids, dropped = batch.unique_ids.numpy(), None
+        if rate := self.config.model.id_dropout:
+            dropped = dropped_ids(ids, rate, seed=self.config.system.seed, epoch=self.epoch, step=number)
+        built = batch, self.columns.gather(ids, batch.users.numpy(), self.device.type == "cpu", dropped)
         return move(built, self.device, pin=True) if self.device.type == "cuda" else built
 
     def _accumulate(self, batch: Batch, features: FeatureInputs) -> None:
@@ -231,13 +252,18 @@ class Trainer:
         length_buckets batches differ several times in length: the mean of their means would favour the targets of users with few events.
         """
         with self._autocast():
-            query, item_emb = self.model(batch, features)
-        loss = self.loss(query, item_emb, batch)
+            encoded = self.model.encode(batch, features)
+        loss = self.loss(encoded.query, encoded.item_emb, batch)
+        action_loss = torch.zeros((), device=self.device)
+        if self.model.action_head is not None:
+            action_loss = self.model.action_head.loss(encoded.state, encoded.item_emb, batch.target_index, batch.target_actions)
         num_targets = batch.target_index.shape[0]
         weight = num_targets / (self._shares[0].num_targets if self._shares else num_targets)  # about 1, for float16's sake
-        (loss * (self.scaler.scale * weight)).backward()
+        total = loss + self.config.loss.action_head_weight * action_loss if self.model.action_head is not None else loss
+        (total * (self.scaler.scale * weight)).backward()
         touched = [entry for entry in self.model.table.pop_touched() if entry.leaf.grad is not None]
-        self._shares.append(_Share(num_targets, loss.detach().float(), touched, batch.users))
+        values = torch.stack((loss.detach().float(), action_loss.detach().float()))
+        self._shares.append(_Share(num_targets, values, touched, batch.users))
 
     def _update(self, batch: Batch, features: FeatureInputs) -> None:
         """The update's last (or only) batch: forward, backward, one norm over dense and sparse gradients, then all updates."""
@@ -249,9 +275,11 @@ class Trainer:
         loss_scale = self.scaler.scale * sum(weights)
         norm = gradient_norm(grads) / loss_scale
         # The one sync point of a step: no update may follow a gradient that is not finite.
-        *losses, self._last_norm = torch.stack((*(share.loss for share in shares), norm)).tolist()
+        *losses, self._last_norm = torch.cat((*(share.losses for share in shares), norm[None])).tolist()
+        losses, action_losses = losses[::2], losses[1::2]
         loss_value = sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
-        finite = math.isfinite(self._last_norm) and math.isfinite(loss_value)
+        action_loss = sum(loss * weight for loss, weight in zip(action_losses, weights)) / sum(weights)
+        finite = math.isfinite(self._last_norm) and math.isfinite(loss_value) and math.isfinite(action_loss)
         if self.scaler.enabled:
             self.scaler.update(finite)
         if not finite and not (self.scaler.enabled and self.scaler.scale >= 1.0):
@@ -260,6 +288,7 @@ class Trainer:
         if finite:
             self.updates.apply(touched, clip_scale(norm, self.config.training.gradient_clip) / loss_scale, self.step)
             self.loss_sum, self.loss_count = self.loss_sum + loss_value, self.loss_count + 1
+            self.action_loss_sum += action_loss
         self.optimizer.zero_grad(set_to_none=True)
 
     def learning_rate_factor(self, step: int) -> float:
@@ -301,8 +330,9 @@ class Trainer:
                 "rss_gib": rss_gib(),
                 "total_steps": self.total_steps,
             }
+            | ({"action_loss": self.action_loss_sum / max(1, self.loss_count)} if self.model.action_head is not None else {})
         )
-        self.loss_sum, self.loss_count = 0.0, 0
+        self.loss_sum, self.action_loss_sum, self.loss_count = 0.0, 0.0, 0
         self._start_clock()
 
     # ---- evaluation ----
@@ -318,6 +348,7 @@ class Trainer:
             num_workers=config.data.num_workers,
             prefetch_batches=config.data.prefetch_batches,
             temperature=config.loss.temperature if config.loss.name != "bce" else 1.0,
+            cold_penalty=config.eval.cold_penalty if config.eval.cold_candidates == "penalty" else 0.0,
         )
         return self.ranker_of(ranker) if self.ranker_of else ranker
 
@@ -327,7 +358,9 @@ class Trainer:
 
     def rank(self, split: Split, ranks_of: np.ndarray | None = None) -> Ranking:
         """A split ranked by the model as it is; ranks_of as in Ranker.rank."""
-        return self._ranker().rank(split, max(self.config.eval.top_k), self.config.eval.remove_seen, ranks_of=ranks_of)
+        config = self.config.eval
+        wanted = wanted_actions(config.wanted_action, self.store, split)
+        return self._ranker().rank(split, max(config.top_k), config.remove_seen, ranks_of=ranks_of, wanted=wanted)
 
     def metrics_of(self, split: Split, ranking: Ranking) -> dict[str, float]:
         config = self.config.eval
@@ -427,11 +460,11 @@ class Trainer:
             raise UserError(f"--resume: {path} is a mean of checkpoints, without an optimiser's state. Start anew with --state_dict_path.")
         self._check_resumable(loaded.meta, path)
         state = loaded.trainer_state
-        self.model.load_state_dict(loaded.model_state)
+        self.load_weights(loaded.model_state)
         self.updates.load_state_dict(state)
         self.scaler.__dict__.update(state["scaler"])
         for name in PROGRESS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # an older checkpoint lacks what came later
         best = self.run.checkpoint_dir / self.best_name
         if self.best_name and best.is_dir():
             checkpoints.link(self.run.checkpoint_dir, "best_model.pt", best)  # a kill between a save and its link left the old one
@@ -493,8 +526,12 @@ def _leaf(tree: dict, key: str) -> object:
 
 def check_compatible(meta: dict, config: Config, layout: TableLayout, embeddings: tuple[str, ...], path: Path) -> None:
     """UserError where a checkpoint's model settings or table do not fit; names each difference."""
-    saved, present = meta["config"]["model"], config.to_dict()["model"]
-    different = [f"{key}: {saved.get(key)} there, {value} here" for key, value in present.items() if saved.get(key) != value]
+    # What a setting that came later than the checkpoint would have been then: its default.
+    then = Config.from_dict(meta["config"], f"{path}/meta.json")
+    saved, present = then.to_dict()["model"], config.to_dict()["model"]
+    different = [f"{key}: {saved[key]} there, {value} here" for key, value in present.items() if saved[key] != value]
+    if (then.loss.action_head_weight > 0) != (config.loss.action_head_weight > 0):
+        different.append(f"action_head_weight: {then.loss.action_head_weight} there, {config.loss.action_head_weight} here")
     if meta["layout"] != layout.to_list():
         different.append("the data: other features, or other numbers of items, users or values")
     if meta["embeddings"] != list(embeddings):

@@ -52,6 +52,10 @@ def losses(seen: Seen) -> list:
     return [round(r["loss"], 3) for r in seen.records if "loss" in r]
 
 
+def valid_losses(seen: Seen) -> list:
+    return [round(r["valid_loss"], 6) for r in seen.records if "valid_loss" in r]
+
+
 def rates(seen: Seen) -> list:
     return [round(r["lr"], 9) for r in seen.records if "loss" in r]
 
@@ -140,9 +144,14 @@ CASES = {
     "candidate_activation": Case(True, losses, base={"item_activation": "relu"}),
     "user_id": Case(True, losses),
     "action_embedding": Case(False, losses),
+    "action_conditioning": Case("film", losses),
+    "action_dropout": Case(0.9, losses, base={"action_conditioning": "film", "learning_rate": 0.01}),
     "time_features": Case(False, losses),
+    "time_fields": Case(["day", "fourier"], losses),
     "similarity": Case("dot", losses),
     "init_std": Case(0.5, losses),
+    "id_init": Case("zero", losses),
+    "id_dropout": Case(0.5, losses),
     "batch_size": Case(27, lambda seen: len(losses(seen)), (8, 4)),
     "num_epochs": Case(3, lambda seen: (len(losses(seen)), evaluations(seen)), ((8, 2), (12, 3))),
     "learning_rate": Case(0.01, rates),
@@ -180,6 +189,7 @@ CASES = {
     "max_in_batch": Case(4, losses),
     "temperature": Case(0.5, losses),
     "logq": Case(False, losses),
+    "action_head_weight": Case(0.5, lambda seen: any("action_loss" in r for r in seen.records), (False, True)),
     "chunk_size": Case(7, called("chunk_size"), ({0}, {7})),
     "num_workers": Case(3, called("num_workers"), ({1}, {3})),
     "prefetch_batches": Case(9, called("prefetch_batches"), ({4}, {9})),
@@ -191,6 +201,9 @@ CASES = {
     "target": Case("last_click", metric("num_users"), base=WIDE),
     "candidates": Case("data-eval", metric("num_candidates")),
     "top_k": Case([3], lambda seen: sorted(k for k in seen.metrics if k.startswith("hr@")), (["hr@10"], ["hr@10", "hr@3"])),
+    "wanted_action": Case("click", valid_losses, base={"action_conditioning": "film", "learning_rate": 0.01}),
+    "cold_candidates": Case("drop", metric("num_candidates"), base={"id_dropout": 0.1}),
+    "cold_penalty": Case(0.5, valid_losses, base={"id_dropout": 0.1, "cold_candidates": "penalty"}),
     "remove_seen": Case(False, called("seen items removed"), ({True}, {False})),
     "max_eval_users": Case(2, metric("num_users"), (3, 2)),
     "eval_batch_size": Case(4, lambda seen: max(seen.calls["users ranked at once"]), (15, 4), WIDE),

@@ -10,18 +10,18 @@ from features import Dense, FeatureColumns, TableLayout, hashed_rows
 from model import DenseProjection, Recommender
 
 
-def make(store=None, **settings):
+def make(store=None, action_head=False, **settings):
     store = store or tiny_store()
     settings = {"hidden_units": 16, "num_heads": 2, "num_blocks": 2, "max_seq_length": 10} | settings
     config = with_values(Config(), **settings)
     layout = TableLayout.from_store(store, config.model)
     torch.manual_seed(0)
-    model = Recommender(config.model, layout, {"81": 4}, store.schema.has_time).eval()
+    model = Recommender(config.model, layout, {"81": 4}, store.schema.has_time, action_head=action_head).eval()
     with torch.no_grad():  # large enough that a wrong value shows
         for part in model.table.parts:
             part.normal_()
         model.table.parts[0][0].zero_()
-    columns = FeatureColumns(store, layout, ("81",))
+    columns = FeatureColumns(store, layout, ("81",), np.arange(store.num_items + 1) % 4 > 0 if config.model.id_dropout else None)
     return store, model, columns
 
 
@@ -61,6 +61,9 @@ VARIANTS = [
     {"feature_width": "auto", "embedding_dim": 32},
     {"hash_rows": [7, 5], "hashed_features": ["item_id", "tags", "likes"], "user_id": True},
     {"item_tower": "sum", "hash_rows": [7], "hashed_features": ["item_id", "user_id"], "user_id": True},
+    {"time_fields": ["gap", "day", "fourier"], "action_conditioning": "film"},
+    {"action_conditioning": "gate", "id_init": "zero"},
+    {"id_dropout": 0.2, "hash_rows": [7, 5]},
 ]
 TABLES = [
     {},

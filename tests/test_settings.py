@@ -98,6 +98,7 @@ def text_of(value: object) -> list[str]:
 OTHER = {
     "backbone": "transformer", "hidden_units": 32, "activation": "relu", "position": "learned", "item_tower": "sum",
     "item_activation": "gelu", "similarity": "dot", "optimizer": "adam", "table_optimizer": "adam", "lr_scheduler": "step",
+    "action_conditioning": "gate", "time_fields": ("fourier",), "id_init": "zero", "wanted_action": "click", "cold_candidates": "drop",
     "table_lr_scheduler": "step", "muon_lr_scheduler": "step", "table_warmup_steps": 5, "muon_warmup_steps": 0,
     "precision": "bf16", "name": "bce", "multimodal_features": ("81", "82"), "protocol": "leave_one_out", "target": "last_click",
     "candidates": "/c", "top_k": (5, 20), "score_round": 2, "best_metric": "loss", "device": "cpu", "feature_width": "auto",
