@@ -22,6 +22,7 @@ import evaluate
 import layers
 import parallel
 import trainer
+import training_loss
 from checkpoint import list_checkpoints
 from config import KEYS, Config
 from settings import load_config
@@ -70,6 +71,10 @@ def num_checkpoints(seen: Seen) -> int:
 
 def steps_of_checkpoints(seen: Seen) -> list:
     return [int(path.name.split(".")[0].removeprefix("global_step")) for path in seen.checkpoints]
+
+
+def has_histograms(seen: Seen) -> bool:
+    return any(b"weights/backbone" in path.read_bytes() for path in (seen.cwd / "tb").glob("events.out.tfevents.*"))
 
 
 def logged_steps(seen: Seen) -> list:
@@ -217,6 +222,8 @@ CASES = {
     "save_frequency": Case(3, steps_of_checkpoints, ([4, 8, 12, 16], [4, 12, 16]), STILL | {"num_epochs": 4}),
     "log_every_steps": Case(3, logged_steps, ([1, 2, 3, 4, 5, 6, 7, 8], [3, 6, 8])),
     "tensorboard": Case(True, exists("tb/events.out.tfevents.*"), (False, True)),
+    "tensorboard_histograms": Case(True, has_histograms, (False, True), {"tensorboard": True}),
+    "projector_items": Case(0, exists("tb/projector_config.pbtxt"), (True, False), {"tensorboard": True}),
     "run_name": Case("mine", exists("logs/*-mine"), (False, True), {"log_path": ""}),
     "data_path": Case("other", metric("num_candidates"), (ITEMS, ITEMS + 10)),
     "log_path": Case("log2", exists("log2/train.log"), (False, True)),
@@ -282,7 +289,7 @@ def flags_of(settings: dict) -> list:
 @contextmanager
 def watched(calls: dict) -> Iterator[None]:
     """Note with what the parts of a run are called that only speed depends on; and spare the disk."""
-    softmax_loss, checkpoint, topk, update = trainer.softmax_loss, layers.checkpoint, evaluate.topk_exact, trainer.Trainer._update
+    softmax_loss, checkpoint, topk, update = training_loss.softmax_loss, layers.checkpoint, evaluate.topk_exact, trainer.Trainer._update
     prefetch = trainer.prefetch
 
     def noted_loss(*args, **options):
@@ -310,7 +317,7 @@ def watched(calls: dict) -> Iterator[None]:
         calls["threads"].add(parallel.num_threads())
         return update(self, *args)
 
-    patches = [(trainer, "softmax_loss", noted_loss), (layers, "checkpoint", noted_checkpoint), (evaluate, "topk_exact", noted_topk),
+    patches = [(training_loss, "softmax_loss", noted_loss), (layers, "checkpoint", noted_checkpoint), (evaluate, "topk_exact", noted_topk),
                (trainer, "prefetch", noted_prefetch), (evaluate, "prefetch", noted_prefetch), (trainer.Trainer, "_update", noted_update),
                (layers.Transformer, "compile", noted_compile), (os, "fsync", lambda _: None)]  # fmt: skip
     with ExitStack() as stack:
