@@ -16,8 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from config import ALIASES, GROUPS, KEYS, KINDS, Config, Given, Key, Row, Rows, Unfit, keys_of, nearest, place, resolve, setting, show
+from config import ALIASES, GROUPS, KEYS, Config, Given, Row, Rows, keys_of, place, resolve
 from errors import UserError
+from setting_keys import KINDS, Key, Unfit, nearest, setting, show
 
 DEFAULT_FILE = Path(__file__).resolve().parent / "config.yaml"
 

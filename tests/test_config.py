@@ -11,18 +11,17 @@ from config import (
     ALIASES,
     GROUPS,
     KEYS,
-    KINDS,
     Config,
     DataConfig,
     EvalConfig,
     LossConfig,
     ModelConfig,
     TrainingConfig,
-    nearest,
     warnings_for,
     with_values,
 )
 from errors import UserError
+from setting_keys import KINDS, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 
