@@ -27,10 +27,10 @@ def rows_of(table: JointTable, layout: TableLayout, field):
 
 
 @pytest.mark.parametrize(("settings", "zeros"), [
-    ({}, {"item_id"}),
-    ({"feature_width": "auto", "embedding_dim": 32}, {"item_id"}),
-    ({"hash_rows": [7, 5]}, {"item_id#1", "item_id#2"}),
-    ({"hash_rows": [7, 5], "hashed_features": ["item_id", "tags"], "user_id": True}, {"item_id#1", "item_id#2", "tags#1", "tags#2"}),
+    ({}, ["item_id"]),
+    ({"feature_width": "auto", "embedding_dim": 32}, ["item_id"]),
+    ({"hash_rows": [7, 5]}, ["item_id#1", "item_id#2"]),
+    ({"hash_rows": [7, 5], "hashed_features": ["item_id", "tags"], "user_id": True}, ["item_id#1", "item_id#2", "tags#1", "tags#2"]),
 ], ids=str)  # fmt: skip
 def test_zero_ids(settings, zeros):
     store = tiny_store()

@@ -486,7 +486,7 @@ def test_weights_that_do_not_fit_are_refused(world, flags, words, tmp_path):
     (("--batch_size", "many"), ("--batch_size", "'many'", "whole number")),
     (("--batch_size", 0), ("--batch_size", "at least 1")),
     (("--dropout_rate", 1.5), ("dropout_rate", "below 1")),
-    (("--optimizer", "adamv"), ("optimizer", "one of adam, adamw (did you mean adam?)")),
+    (("--optimizer", "adamv"), ("optimizer", "one of adam, adamw, muon (did you mean adam?)")),
     (("--norm_first", "perhaps"), ("norm_first", "true or false")),
     (("--hidden_units", 9), ("hidden_units", "num_heads")),
     (("--batch_size",), ("--batch_size", "missing")),
