@@ -154,14 +154,14 @@ class PartClock:
     @contextmanager
     def on(self) -> Iterator[None]:
         model, loss, backward = self.trainer.model, self.trainer.loss, torch.autograd.backward
-        model.forward = self.timed("model", model.forward)
+        model.encode = self.timed("model", model.encode)
         model.table.lookup = self.timed("lookup", model.table.lookup)
         self.trainer.loss = self.timed("loss", loss)
         torch.autograd.backward = self.timed("backward", backward)
         try:
             yield
         finally:
-            del model.forward, model.table.lookup
+            del model.encode, model.table.lookup
             self.trainer.loss, torch.autograd.backward = loss, backward
 
     def parts(self, whole: float) -> dict[str, float]:
