@@ -412,8 +412,11 @@ def warnings_for(config: Config) -> list[str]:
         (not model.hash_rows, ("hashed_features",), "with model.hash_rows []"),
         (not model.hashed_features, ("hash_rows",), "with model.hashed_features []"),
         (t.optimizer == "adam" and t.weight_decay > 0, ("weight_decay",), "with training.optimizer adam"),
-        (t.optimizer != "muon", ("muon_learning_rate", "muon_momentum", "muon_lr_scheduler", "muon_warmup_steps"),
-         f"with training.optimizer {t.optimizer}"),
+        (
+            t.optimizer != "muon",
+            ("muon_learning_rate", "muon_momentum", "muon_lr_scheduler", "muon_warmup_steps"),
+            f"with training.optimizer {t.optimizer}",
+        ),
         ("cosine" not in t.schedules(), ("min_lr_ratio",), f"with training.lr_scheduler {t.lr_scheduler}"),
         ("step" not in t.schedules(), ("lr_step_epochs", "lr_gamma"), f"with training.lr_scheduler {t.lr_scheduler}"),
         (t.max_steps > 0, ("num_epochs", "patience"), "with training.max_steps above 0"),

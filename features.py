@@ -223,9 +223,7 @@ class FeatureColumns:
         self._fields = {side: _SideFields.of(layout.side(side), store.schema, side) for side in ("item", "user")}
         self._all_items: dict[bool, SideInputs] = {}
 
-    def gather(
-        self, item_ids: np.ndarray, users: np.ndarray, transposed: bool = False, dropped: np.ndarray | None = None
-    ) -> FeatureInputs:
+    def gather(self, item_ids: np.ndarray, users: np.ndarray, transposed: bool = False, dropped: np.ndarray | None = None) -> FeatureInputs:
         """Features of unique items (M,) and of users (B,), the latter as index into the store's users.
 
         transposed: with what the backward pass needs. dropped: as in `items`.

@@ -67,9 +67,7 @@ class Recommender(nn.Module):
     multimodal features in use. has_time: whether the data's timestamps are times. action_head: with the head of loss.action_head_weight.
     """
 
-    def __init__(
-        self, config, layout: TableLayout, embedding_widths: dict[str, int], has_time: bool, *, action_head: bool = False
-    ) -> None:
+    def __init__(self, config, layout: TableLayout, embedding_widths: dict[str, int], has_time: bool, *, action_head: bool = False) -> None:
         super().__init__()
         width = config.hidden_units
         self.config = config

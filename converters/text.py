@@ -90,7 +90,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def locate_record(path: Path, row: int, header: bool = False) -> str:
-    """"file:line" of the record `row` (from 0, empty lines and the header not counted)."""
+    """ "file:line" of the record `row` (from 0, empty lines and the header not counted)."""
     for position, (number, _) in enumerate(numbered_lines(path)):
         if position == row + header:
             return f"{path}:{number}"
