@@ -51,7 +51,8 @@ class _Group:
 class ModelConfig(_Group):
     """The sequence model and its item tower."""
 
-    backbone: str = setting("transformer", "Sequence encoder.", choices=("transformer",))
+    backbone: str = setting("transformer", "Sequence encoder: attention and feed-forward, or hstu: pointwise attention with a gate.",
+                            choices=("transformer", "hstu"))  # fmt: skip
     hidden_units: int = setting(64, "Width of the model; a multiple of num_heads.", minimum=1, env="HIDDEN_UNITS")
     num_blocks: int = setting(2, "Blocks of attention and feed-forward.", minimum=1, env="NUM_BLOCKS")
     num_heads: int = setting(2, "Attention heads of a block.", minimum=1, env="NUM_HEADS")
@@ -67,10 +68,20 @@ class ModelConfig(_Group):
     dropout_rate: float = setting(0.2, "Dropout on embeddings, residual branches and feed-forward.", unit="probability", minimum=0, below=1)
     attention_dropout: float = setting(0.0, "Dropout on attention weights; above 0 it leaves the fast flash kernel on CPU.",
                                        unit="probability", minimum=0, below=1)  # fmt: skip
-    norm_first: bool = setting(True, "LayerNorm before each branch (pre-norm); false = after it (post-norm).")
+    norm: str = setting("layernorm", "Normalisation in and after the blocks.", choices=("layernorm", "rmsnorm"))
+    norm_first: bool = setting(True, "Normalisation before each branch (pre-norm); false = after it (post-norm).")
     activation: str = setting("gelu", "Activation of the feed-forward layers.", choices=("gelu", "relu", "swiglu"))
     ffn_multiplier: float = setting(4.0, "Inner width of the feed-forward layers.", unit="times hidden_units", above=0)
-    position: str = setting("rope", "Positions: rotary, learned vectors, or none.", choices=("rope", "learned", "none"))
+    position: str = setting("rope", "Positions: rotary; learned vectors; relative: a learnt bias of attention's scores for each distance"
+                            " and head, which leaves the flash kernel on CPU; or none.",
+                            choices=("rope", "learned", "relative", "none"))  # fmt: skip
+    time_bias: bool = setting(False, "A learnt bias of attention's scores for each head and log2 bucket of the seconds between two events;"
+                              " off by itself where the data has no times. It leaves the flash kernel on CPU.")  # fmt: skip
+    num_experts: int = setting(0, "Experts that a block's feed-forward is made of (hstu: gets one of); 0 = one plain feed-forward.",
+                               unit="experts", minimum=0)  # fmt: skip
+    active_experts: int = setting(2, "Experts that each token is sent to.", unit="experts", minimum=1)
+    shared_experts: int = setting(1, "Experts besides, that every token goes through.", unit="experts", minimum=0)
+    expert_multiplier: float = setting(1.0, "Inner width of an expert.", unit="times hidden_units", above=0)
     embedding_norm: bool = setting(True, "LayerNorm on the token embeddings before the first block.")
     item_tower: str = setting("linear", "How an item's vectors become one: one linear layer on their concatenation, or their plain sum.",
                               choices=("linear", "sum"))  # fmt: skip
@@ -97,6 +108,8 @@ class ModelConfig(_Group):
             yield ("hidden_units", "num_heads"), "expected hidden_units to be a multiple of num_heads."
         elif self.position == "rope" and self.hidden_units // self.num_heads % 2:
             yield ("position", "hidden_units", "num_heads"), "expected an even hidden_units / num_heads, or another position than rope."
+        if self.num_experts and self.active_experts > self.num_experts:
+            yield ("active_experts", "num_experts"), "expected at most num_experts."
         if self.item_tower == "sum" and self.embedding_dim not in (0, self.hidden_units):
             yield ("item_tower", "embedding_dim", "hidden_units"), "expected embedding_dim 0 or hidden_units where vectors are summed."
         if self.item_tower == "sum" and self.feature_width == "auto":
@@ -174,6 +187,9 @@ class LossConfig(_Group):
     logq: bool = setting(True, "Correct for how often each negative is drawn (sampled_softmax).")
     action_head_weight: float = setting(0.0, "Weight of an auxiliary loss: cross-entropy of the target event's action type, from the query"
                                         " and the target item; 0 = off.", minimum=0)  # fmt: skip
+    expert_balance_weight: float = setting(
+        0.01, "Weight of an auxiliary loss that keeps the experts used alike (model.num_experts).", minimum=0
+    )
     chunk_size: int = setting(0, "Positions whose scores are held at once; 0 = automatic.", unit="positions", minimum=0)
 
     def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -408,6 +424,17 @@ def warnings_for(config: Config) -> list[str]:
         (model.item_activation == "none", ("candidate_activation",), "with model.item_activation none"),
         (model.action_conditioning == "none", ("action_dropout", "wanted_action"), "with model.action_conditioning none"),
         (not model.time_features, ("time_fields",), "with model.time_features false"),
+        (
+            not model.num_experts,
+            ("active_experts", "shared_experts", "expert_multiplier", "expert_balance_weight"),
+            "with model.num_experts 0",
+        ),
+        (model.num_experts > 0, ("ffn_multiplier",), "with model.num_experts above 0"),
+        (
+            model.backbone == "hstu" and not model.num_experts,
+            ("norm_first", "activation", "ffn_multiplier"),
+            "with model.backbone hstu and model.num_experts 0",
+        ),
         (ev.cold_candidates != "penalty", ("cold_penalty",), f"with eval.cold_candidates {ev.cold_candidates}"),
         (not model.hash_rows, ("hashed_features",), "with model.hash_rows []"),
         (not model.hashed_features, ("hash_rows",), "with model.hashed_features []"),

@@ -19,7 +19,8 @@ from errors import RunError, disk_full
 
 _TRAIN_TAGS = {
     "loss": "Loss/train", "lr": "train/lr", "grad_norm": "train/grad_norm", "users_per_s": "perf/users_per_s",
-    "data_wait": "perf/data_wait", "rss_gib": "mem/rss_gib",
+    "data_wait": "perf/data_wait", "rss_gib": "mem/rss_gib", "action_loss": "Loss/action",
+    "expert_share_max": "experts/share_max", "expert_share_min": "experts/share_min",
 }  # fmt: skip
 _BOLD, _GREEN, _RED, _YELLOW, _PLAIN = "\033[1m", "\033[32m", "\033[31m", "\033[33m", "\033[0m"
 _FLUSH_SECONDS = 10  # what a killed run loses of TensorBoard's curves at most

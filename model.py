@@ -7,6 +7,7 @@ Legend: B users, N packed tokens, M unique items, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actions import ActionConditioning, ActionHead, wanted_in_training
+from backbones import BACKBONES
 from dataset import Batch
 from embedding import JointTable, RowProjection
 from features import ITEM_ID, Dense, FeatureInputs, SideInputs, TableLayout
-from layers import BACKBONES, Dropout, Packing, gather_tokens, pick
+from layers import Dropout, Packing, gather_tokens, pick
 from parallel import in_pieces, row_pieces
 from schema import ANY_ACTION, NUM_ACTION_TYPES
 from time_features import TimeFeatures
@@ -38,6 +40,7 @@ class Encoded(NamedTuple):
     query: Tensor  # (N, D) float32; normalised where similarity is cosine
     item_emb: Tensor  # (M, D) float32, candidate side; likewise
     state: Tensor  # (N, D) the queries before the wanted action modulates them; `query` itself where it does not
+    balance: Tensor | None  # how evenly the experts are used, a scalar, see experts.Experts; None without
 
 
 class DenseProjection(nn.Module):
@@ -84,7 +87,7 @@ class Recommender(nn.Module):
         self.time = TimeFeatures(width, config.init_std, config.time_fields) if with_time else None
         self.embedding_norm = nn.LayerNorm(width) if config.embedding_norm else nn.Identity()
         self.dropout = Dropout(config.dropout_rate)
-        self.backbone = BACKBONES[config.backbone](config)
+        self.backbone = BACKBONES[config.backbone](replace(config, time_bias=config.time_bias and has_time))
         self.conditioning = ActionConditioning(config.action_conditioning, width) if config.action_conditioning != "none" else None
         self.action_head = ActionHead(width) if action_head else None
         self.unknown_id = nn.Parameter(torch.zeros(width)) if config.id_dropout else None
@@ -103,7 +106,8 @@ class Recommender(nn.Module):
                 if name.endswith(".out"):
                     std /= (2 * config.num_blocks) ** 0.5
                 nn.init.normal_(module.weight, std=std)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for module in self.dense.values():
             # The projected vector starts at the scale of the ids' vectors, so that neither drowns the other.
             nn.init.normal_(module.projection.weight, std=config.init_std * module.projection.in_features**-0.5)
@@ -140,8 +144,10 @@ class Recommender(nn.Module):
         candidate = (history if self.config.candidate_activation else vectors).float()
         return history, F.normalize(candidate, dim=-1, eps=self.smallest_norm) if self.config.similarity == "cosine" else candidate
 
-    def encode_sequence(self, history: Tensor, batch: Batch, users: SideInputs, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Query vectors and states (N, D) each, float32, one a token: see Encoded.
+    def encode_sequence(
+        self, history: Tensor, batch: Batch, users: SideInputs, wanted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Query vectors and states (N, D) each, float32, one a token, and the experts' balance: see Encoded.
 
         history: (M, D) vectors of the batch's unique items. wanted: (B,) int64 action that is asked for of each user's next event; None =
         in a training batch the target's, else ANY_ACTION.
@@ -154,8 +160,7 @@ class Recommender(nn.Module):
         x = gather_tokens(history, user, source)  # (N, D)
         actions = self._wanted_actions(batch, wanted)
         if x.is_cuda or not torch.is_grad_enabled():
-            found = self._encode_tokens(x, batch.action_types, batch.timestamps, Packing.from_batch(batch), actions)
-            return found[0], found[-1]
+            return self._parts_of(self._encode_tokens(x, batch.action_types, batch.timestamps, Packing.from_batch(batch), actions))
         pieces = Packing.in_pieces(batch)
 
         def body(number: int, x: Tensor) -> tuple[Tensor, ...]:
@@ -164,8 +169,12 @@ class Recommender(nn.Module):
             of_piece = None if actions is None else actions[part]
             return self._encode_tokens(x, batch.action_types[part], batch.timestamps[part], packing, of_piece)
 
-        found = in_pieces(body, [tokens for tokens, _ in pieces], (x,), self._sequence_parameters())
-        return found[0], found[-1]
+        return self._parts_of(in_pieces(body, [tokens for tokens, _ in pieces], (x,), self._sequence_parameters()))
+
+    def _parts_of(self, encoded: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Query, state and balance of what `_encode_tokens` gives."""
+        *rest, balance = encoded if self.backbone.has_experts else (*encoded, None)
+        return rest[0], rest[-1], None if balance is None else balance.mean()
 
     def _wanted_actions(self, batch: Batch, wanted: Tensor | None) -> Tensor | None:
         """(N,) the action that each token's query is asked for; None without conditioning."""
@@ -185,7 +194,10 @@ class Recommender(nn.Module):
     def _encode_tokens(
         self, x: Tensor, action_types: Tensor, timestamps: Tensor, packing: Packing, wanted: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Vectors of items and users (N, D) to queries (N, D); with conditioning, to these and the states. wanted: (N,) actions."""
+        """Vectors of items and users (N, D) to queries (N, D), then, where there are any: states (N, D), the piece's balance (N,).
+
+        wanted: (N,) actions.
+        """
         if self.actions is not None:
             x = x + pick(self.actions, action_types)
         if self.positions is not None:
@@ -193,11 +205,16 @@ class Recommender(nn.Module):
         if self.time is not None:
             x = x + self.time(timestamps, packing.positions)
         x = self.dropout(self.embedding_norm(x))
-        state = self.backbone(x, packing).float()
-        if self.conditioning is None:
-            return (self._normalised(state),)
-        query = self._normalised(self.conditioning(state, wanted))
-        return (query,) if self.action_head is None else (query, self._normalised(state))
+        state, balance = self.backbone(x, packing, timestamps)
+        found = [state.float()]
+        if self.conditioning is not None:
+            found.insert(0, self.conditioning(found[0], wanted))
+        if self.action_head is None:
+            del found[1:]
+        found = [self._normalised(vectors) for vectors in found]
+        if balance is not None:  # a row a token, so that the pieces' mean weighs them by their tokens
+            found.append(balance.expand(len(x)))
+        return tuple(found)
 
     def _normalised(self, query: Tensor) -> Tensor:
         return F.normalize(query, dim=-1) if self.config.similarity == "cosine" else query
@@ -205,8 +222,8 @@ class Recommender(nn.Module):
     def encode(self, batch: Batch, features: FeatureInputs, wanted: Tensor | None = None) -> Encoded:
         """All that a loss takes of a batch. wanted: as in `encode_sequence`."""
         items = self.encode_items(features.items)
-        query, state = self.encode_sequence(items.history, batch, features.users, wanted)
-        return Encoded(query, items.candidate, state)
+        query, *rest = self.encode_sequence(items.history, batch, features.users, wanted)
+        return Encoded(query, items.candidate, *rest)
 
     def forward(self, batch: Batch, features: FeatureInputs, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Query vectors (N, D) and candidate vectors (M, D) of a batch."""

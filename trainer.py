@@ -28,6 +28,7 @@ from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch,
 from embedding import Touched
 from errors import RunError, UserError
 from evaluate import Ranker, Ranking, move, split_metrics, trained_items, wanted_actions, without_cold
+from experts import take_usage
 from features import FeatureColumns, FeatureInputs, TableLayout, dropped_ids, known_items_digest
 from logger import RunLogger, rss_gib
 from model import Recommender
@@ -260,6 +261,8 @@ class Trainer:
         num_targets = batch.target_index.shape[0]
         weight = num_targets / (self._shares[0].num_targets if self._shares else num_targets)  # about 1, for float16's sake
         total = loss + self.config.loss.action_head_weight * action_loss if self.model.action_head is not None else loss
+        if encoded.balance is not None:
+            total = total + self.config.loss.expert_balance_weight * encoded.balance
         (total * (self.scaler.scale * weight)).backward()
         touched = [entry for entry in self.model.table.pop_touched() if entry.leaf.grad is not None]
         values = torch.stack((loss.detach().float(), action_loss.detach().float()))
@@ -331,9 +334,19 @@ class Trainer:
                 "total_steps": self.total_steps,
             }
             | ({"action_loss": self.action_loss_sum / max(1, self.loss_count)} if self.model.action_head is not None else {})
+            | self._expert_shares()
         )
         self.loss_sum, self.action_loss_sum, self.loss_count = 0.0, 0.0, 0
         self._start_clock()
+
+    def _expert_shares(self) -> dict[str, float]:
+        """The tokens' largest and smallest share of an expert since the last log line, over all blocks; {} without experts."""
+        shares = take_usage(self.model.backbone).values()
+        return (
+            {"expert_share_max": max(float(s.max()) for s in shares), "expert_share_min": min(float(s.min()) for s in shares)}
+            if shares
+            else {}
+        )
 
     # ---- evaluation ----
 

@@ -181,15 +181,17 @@ def test_the_flag() -> None:
 @pytest.mark.parametrize("values", [{"loss.name": name} for name in ("bce", "sampled_softmax", "full_softmax")] + [
     {"table_optimizer": "adam", "optimizer": "adam"}, {"table_optimizer": "rowwise_adagrad", "precision": "bf16"},
     {"gradient_checkpointing": True, "num_workers": 0}, {"position": "learned", "norm_first": False, "similarity": "dot", "user_id": True},
-    {"optimizer": "muon", "ema_decay": 0.9, "accumulate_steps": 3},
-    {"item_tower": "sum", "logq": False, "baselines": False}, {"hash_rows": (7, 5), "feature_width": "auto"},
+    {"optimizer": "muon", "ema_decay": 0.9, "accumulate_steps": 3}, {"position": "relative", "time_bias": True},
+    {"backbone": "hstu", "num_experts": 4, "norm": "rmsnorm"}, {"item_tower": "sum", "logq": False, "baselines": False},
+    {"hash_rows": (7, 5), "feature_width": "auto"},
 ])  # fmt: skip
 def test_every_setting_can_be_followed(values: dict) -> None:
     values = {key.removeprefix("loss."): value for key, value in values.items()}
     found = of_tiny(**values)
     names = ["training", "validation", "checkpoint", "test", "baselines"]
     assert [phase.name for phase in found.phases] == names[: 4 + values.get("baselines", True)]
-    assert all(phase.memory >= found.runtime for phase in found.phases) and not found.cuda
+    # 2 MiB: where the heap of this process has room left from tests before, a tiny run may need none of its own.
+    assert all(phase.memory >= found.runtime - (2 << 20) for phase in found.phases) and not found.cuda
     assert found.parts[estimate.TABLE] == sum(4 * (part.end - part.begin) * part.width for part in found.layout.parts)
     assert all(num >= 0 for num in found.parts.values()), found.parts
 

@@ -19,7 +19,7 @@ import yaml
 from test_main import run_main
 
 import evaluate
-import layers
+import backbones
 import parallel
 import trainer
 import training_loss
@@ -127,8 +127,14 @@ class Case(NamedTuple):
 STILL = {"learning_rate": 1e-12}  # nothing is learnt: no evaluation is better than the first
 WIDE = {"holdout_fraction": 0.5, "num_epochs": 1}
 CASES = {
-    # A single choice so far: what can be seen is that another one is refused. With a second backbone this becomes a case of losses.
-    "backbone": Case("lstm", status, (0, 2)),
+    "backbone": Case("hstu", losses),
+    "norm": Case("rmsnorm", losses),
+    "time_bias": Case(True, losses, base={"learning_rate": 0.01}),
+    "num_experts": Case(3, lambda seen: any("expert_share_max" in r for r in seen.records), (False, True)),
+    "active_experts": Case(1, losses, base={"num_experts": 3}),
+    "shared_experts": Case(0, losses, base={"num_experts": 3}),
+    "expert_multiplier": Case(2.0, losses, base={"num_experts": 3}),
+    "expert_balance_weight": Case(5.0, losses, base={"num_experts": 3, "learning_rate": 0.01}),
     "hidden_units": Case(12, losses),
     "num_blocks": Case(2, losses),
     "num_heads": Case(4, losses),
@@ -289,7 +295,7 @@ def flags_of(settings: dict) -> list:
 @contextmanager
 def watched(calls: dict) -> Iterator[None]:
     """Note with what the parts of a run are called that only speed depends on; and spare the disk."""
-    softmax_loss, checkpoint, topk, update = training_loss.softmax_loss, layers.checkpoint, evaluate.topk_exact, trainer.Trainer._update
+    softmax_loss, checkpoint, topk, update = training_loss.softmax_loss, backbones.checkpoint, evaluate.topk_exact, trainer.Trainer._update
     prefetch = trainer.prefetch
 
     def noted_loss(*args, **options):
@@ -317,9 +323,10 @@ def watched(calls: dict) -> Iterator[None]:
         calls["threads"].add(parallel.num_threads())
         return update(self, *args)
 
-    patches = [(training_loss, "softmax_loss", noted_loss), (layers, "checkpoint", noted_checkpoint), (evaluate, "topk_exact", noted_topk),
+    patches = [(training_loss, "softmax_loss", noted_loss), (backbones, "checkpoint", noted_checkpoint),
+               (evaluate, "topk_exact", noted_topk),
                (trainer, "prefetch", noted_prefetch), (evaluate, "prefetch", noted_prefetch), (trainer.Trainer, "_update", noted_update),
-               (layers.Transformer, "compile", noted_compile), (os, "fsync", lambda _: None)]  # fmt: skip
+               (backbones.Backbone, "compile", noted_compile), (os, "fsync", lambda _: None)]  # fmt: skip
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
@@ -336,7 +343,7 @@ def test_each_value_is_another_one():
 
 
 def test_each_backbone_that_may_be_chosen_exists():
-    assert set(layers.BACKBONES) == set(KEYS["backbone"].choices)
+    assert set(backbones.BACKBONES) == set(KEYS["backbone"].choices)
 
 
 def test_the_same_settings_give_the_same_losses(run):
@@ -357,7 +364,7 @@ def test_key_does_something(run, key):
         assert found == case.expected
 
 
-@pytest.mark.parametrize("key", [key for key in CASES if key != "backbone"])
+@pytest.mark.parametrize("key", CASES)
 def test_key_in_a_file_is_the_key_as_a_flag(tmp_path, key):
     value = CASES[key].value
     tree = {KEYS[key].group: {key: value}}

@@ -64,6 +64,15 @@ VARIANTS = [
     {"time_fields": ["gap", "day", "fourier"], "action_conditioning": "film"},
     {"action_conditioning": "gate", "id_init": "zero"},
     {"id_dropout": 0.2, "hash_rows": [7, 5]},
+    {"norm": "rmsnorm"},
+    {"norm": "rmsnorm", "norm_first": False, "position": "relative"},
+    {"position": "relative", "time_bias": True},
+    {"time_bias": True},
+    {"backbone": "hstu"},
+    {"backbone": "hstu", "position": "relative", "time_bias": True, "norm": "rmsnorm"},
+    {"backbone": "hstu", "num_experts": 3, "activation": "swiglu"},
+    {"num_experts": 4, "active_experts": 1},
+    {"num_experts": 4, "active_experts": 3, "shared_experts": 0, "norm_first": False},
 ]
 TABLES = [
     {},

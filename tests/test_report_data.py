@@ -88,9 +88,8 @@ def test_data_without_times():
 
 def test_rank_histogram():
     found = report_data.rank_histogram(np.array([0, 1, 2, 9, 10, -1, 150]))
-    assert (
-        dict(zip(found["names"], found["counts"])) == {"1": 1, "≤3": 2, "≤10": 1, "≤30": 1, "≤100": 0, "≤300": 1} and found["without"] == 1
-    )
+    counts = dict(zip(found["names"], found["counts"]))
+    assert counts == {"1": 1, "≤3": 2, "≤10": 1, "≤30": 1, "≤100": 0, "≤300": 1} and found["without"] == 1
     assert report_data.rank_histogram(np.array([-1]))["counts"] == []
     assert len(report_data.RANKS) == len(report_data.RANK_NAMES) and len(report_data.GAPS) == len(report_data.GAP_NAMES)
 

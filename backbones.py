@@ -1,0 +1,168 @@
+"""Sequence encoders: stacks of causal blocks on packed tokens, (N, D) -> (N, D). No item, no user, no loss.
+
+Legend: B users, T tokens of the longest user, N packed tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from attention_bias import AttentionBias, Pairs
+from experts import Experts
+from layers import CausalSelfAttention, Dropout, FeedForward, Packing, make_norm, rotary, rotate
+from parallel import replayed
+
+POINTWISE_USERS = 64  # users whose pointwise attention is held at once where no gradient is wanted
+
+
+class Sequence(NamedTuple):
+    """What all blocks need of a batch besides the tokens' vectors."""
+
+    packing: Packing
+    cos_sin: tuple[Tensor, Tensor] | None  # rotary positions
+    pairs: Pairs | None  # for biases of distance and time
+
+
+class _Block(nn.Module):
+    """What blocks share. A block maps (N, D) and a Sequence to (N, D) and its experts' balance, None without experts."""
+
+    def __init__(self, config, mixer: nn.Module, feed_forward: nn.Module | None) -> None:
+        super().__init__()
+        relative = config.position == "relative"
+        biased = relative or config.time_bias
+        self.norm_first = config.norm_first
+        # The order of modules is that of the optimiser's state in checkpoints, and of the draws of initial weights: new ones at the end.
+        self.attention = mixer
+        self.feed_forward = Experts(config) if config.num_experts else feed_forward
+        self.attention_norm = make_norm(config.norm, config.hidden_units)
+        self.feed_forward_norm = make_norm(config.norm, config.hidden_units) if self.feed_forward is not None else None
+        self.dropout = Dropout(config.dropout_rate)
+        self.bias = AttentionBias(config.num_heads, config.max_seq_length + 1, relative, config.time_bias) if biased else None
+
+    def _scores_bias(self, sequence: Sequence) -> Tensor | None:
+        return None if self.bias is None else self.bias(sequence.pairs)
+
+    def _fed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x after the feed-forward's residual branch."""
+        found = self.feed_forward(self.feed_forward_norm(x) if self.norm_first else x)
+        out, balance = found if isinstance(found, tuple) else (found, None)
+        x = x + self.dropout(out)
+        return (x if self.norm_first else self.feed_forward_norm(x)), balance
+
+
+class TransformerBlock(_Block):
+    """Attention and feed-forward with residual branches, normalised before (pre-norm) or after each (post-norm)."""
+
+    def __init__(self, config) -> None:
+        width = config.hidden_units
+        attention = CausalSelfAttention(width, config.num_heads, config.attention_dropout)
+        super().__init__(config, attention, FeedForward(width, config.ffn_multiplier, config.activation, config.dropout_rate))
+
+    def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None]:
+        mixed = self._mix(self.attention_norm(x) if self.norm_first else x, sequence)
+        x = x + self.dropout(mixed)
+        return self._fed_forward(x if self.norm_first else self.attention_norm(x))
+
+    def _mix(self, x: Tensor, sequence: Sequence) -> Tensor:
+        return self.attention(x, sequence.packing, sequence.cos_sin, self._scores_bias(sequence))
+
+
+class PointwiseAttention(nn.Module):
+    """HSTU's: no softmax, so that how much of a thing was seen is not divided away, and a gate of the token's own.
+
+    U, V, Q, K = SiLU(linear(x));  linear(norm(SiLU(Q K^T + bias) / max_tokens V) * U).
+    Source: Zhai et al., "Actions Speak Louder than Words", ICML 2024, equations 1 to 3.
+    """
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        width = config.hidden_units
+        self.num_heads, self.max_tokens = config.num_heads, config.max_seq_length + 1
+        self.uvqk = nn.Linear(width, 4 * width)
+        self.uvqk.fused = 4  # matrices in one: muon.py
+        self.norm = make_norm(config.norm, width)
+        self.out = nn.Linear(width, width)
+        self.dropout, self.attention_dropout = Dropout(config.dropout_rate), Dropout(config.attention_dropout)
+
+    def forward(self, x: Tensor, sequence: Sequence, bias: Tensor | None) -> Tensor:
+        """x: (N, D). bias: as in CausalSelfAttention."""
+        gate, *parts = F.silu(self.uvqk(x)).chunk(4, dim=-1)
+        return self.out(self.dropout(self.norm(self._attend(*parts, sequence, bias)) * gate))
+
+    def _attend(self, value: Tensor, query: Tensor, key: Tensor, sequence: Sequence, bias: Tensor | None) -> Tensor:
+        """(N, D) each -> (N, D)."""
+        packing = sequence.packing
+        grid = packing.pad(torch.cat((value, query, key), dim=1))  # (B, T, 3 D)
+        value, query, key = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in grid.chunk(3, dim=-1))
+        if sequence.cos_sin is not None:
+            query, key = rotate(query, sequence.cos_sin), rotate(key, sequence.cos_sin)
+        users = len(query) if torch.is_grad_enabled() else POINTWISE_USERS
+        parts = []
+        for begin in range(0, len(query), users):
+            part = slice(begin, begin + users)
+            of_part = bias[part] if bias is not None and len(bias) > 1 else bias
+            parts.append(self._pointwise(query[part], key[part], value[part], of_part))
+        mixed = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return packing.pack(mixed.transpose(1, 2).flatten(2))
+
+    def _pointwise(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, H, T, D / H) each."""
+        scores = query @ key.transpose(-1, -2)
+        if bias is not None:  # -inf where the query comes first, whose SiLU is not a number
+            scores = scores + bias.clamp(min=-1e4).to(scores.dtype)
+        weights = F.silu(scores).tril() / self.max_tokens
+        return self.attention_dropout(weights) @ value
+
+
+class HSTUBlock(_Block):
+    """Pointwise attention in a residual branch; a feed-forward follows with experts only."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config, PointwiseAttention(config), None)
+
+    def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None]:
+        x = x + self.attention(self.attention_norm(x), sequence, self._scores_bias(sequence))
+        return (x, None) if self.feed_forward is None else self._fed_forward(x)
+
+
+class Backbone(nn.Module):
+    """Blocks of one kind, one after the other. config: the model group of the settings."""
+
+    def __init__(self, config, block: type[_Block], final_norm: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_blocks))
+        self.final_norm = make_norm(config.norm, config.hidden_units) if final_norm else nn.Identity()
+        self.rotary_width = config.hidden_units // config.num_heads if config.position == "rope" else 0
+        self.time_bias, self.biased = config.time_bias, config.position == "relative" or config.time_bias
+        self.has_experts = config.num_experts > 0
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, packing: Packing, timestamps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x: (N, D); timestamps: (N,) seconds. Result: (N, D), and the mean balance of the blocks' experts (a scalar; None without)."""
+        cos_sin = rotary(packing.max_length, self.rotary_width, x.device) if self.rotary_width else None
+        sequence = Sequence(packing, cos_sin, Pairs(packing, timestamps, self.time_bias) if self.biased else None)
+        balances = []
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # The second forward repeats the dropout: checkpoint keeps torch's default generator, `replayed` a piece's own.
+                x, balance = checkpoint(block, x, sequence, use_reentrant=False, context_fn=replayed)
+            else:
+                x, balance = block(x, sequence)
+            balances.append(balance)
+        return self.final_norm(x), torch.stack(balances).mean() if self.has_experts else None
+
+
+def transformer(config) -> Backbone:
+    return Backbone(config, TransformerBlock, final_norm=config.norm_first)
+
+
+def hstu(config) -> Backbone:
+    return Backbone(config, HSTUBlock, final_norm=True)
+
+
+BACKBONES = {"transformer": transformer, "hstu": hstu}  # by the setting model.backbone
