@@ -212,6 +212,7 @@ CASES = {
     "action_weights": Case([0.1, 1, 2], losses),
     "action_head_weight": Case(0.5, lambda seen: any("action_loss" in r for r in seen.records), (False, True)),
     "chunk_size": Case(7, called("chunk_size"), ({0}, {7})),
+    "test": Case(False, lambda seen: seen.metrics["split"], ("test", "valid")),
     "num_workers": Case(3, called("num_workers"), ({1}, {3})),
     "prefetch_batches": Case(9, called("prefetch_batches"), ({4}, {9})),
     "multimodal_features": Case(["81", "82"], lambda seen: "embeddings  81, 82" in seen.text, (False, True)),
