@@ -248,8 +248,8 @@ class EvalConfig(_Group):
     cold_candidates: str = setting("rank", "Candidates not in training (with id_dropout: known items without training events too): rank as"
                                    " others, drop, or take a penalty off.", choices=("rank", "drop", "penalty"))  # fmt: skip
     cold_penalty: float = setting(0.1, "cold_candidates penalty: what is taken off a score (cosine or inner product).", minimum=0)
-    test: bool = setting(True, "Test the best checkpoint on the test split at the end; false = on the validation split, so that settings can be"
-                         " chosen without a look at the test.")  # fmt: skip
+    test: bool = setting(True, "Test the best checkpoint on the test split at the end; false = on the validation split, so that settings"
+                         " can be chosen without a look at the test.")  # fmt: skip
     max_eval_users: int = setting(0, "Users evaluated of each split; 0 = all.", unit="users", minimum=0)
     eval_batch_size: int = setting(512, "Users ranked at once.", unit="users", minimum=1)
     eval_every_epochs: int = setting(1, "Epochs between evaluations.", unit="epochs", minimum=1)

@@ -15,7 +15,8 @@ import run as sweeps
 
 SWEEP = """
 data: {tiny: "python synthetic.py {folder} --users 120 --items 90 --layout parquet --seed 3"}
-settings: {hidden_units: 8, num_heads: 1, num_blocks: 1, max_steps: 3, tensorboard: false, device: cpu, batch_size: 32, baselines: false, holdout_fraction: 0.6}
+settings: {hidden_units: 8, num_heads: 1, num_blocks: 1, max_steps: 3, tensorboard: false, device: cpu, batch_size: 32, baselines: false,
+           holdout_fraction: 0.6}
 seeds: [1, 2]
 rows:
   one: {}
@@ -76,7 +77,8 @@ def test_a_search_looks_at_validation_only_until_one_is_chosen(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("[1", "cannot be read"), ("rows: {}", "expected data"), ("data: {d: ''}\nrow: {}", "'row'"), ("data: {d: ''}\nrows: {a: {lr_: 1}}", "'lr_'"),
+    ("[1", "cannot be read"), ("rows: {}", "expected data"), ("data: {d: ''}\nrow: {}", "'row'"),
+    ("data: {d: ''}\nrows: {a: {lr_: 1}}", "'lr_'"),
     ("data: {d: ''}\nrows: {a: {against: b}}", "row a names 'b'"), ("data: {d: ''}\nrows: {}\nsearch: {}", "either rows or search"),
 ])  # fmt: skip
 def test_mistakes(tmp_path, text, message):
