@@ -180,7 +180,8 @@ def estimate_run(config: Config, open_data: Callable[[], Data], device: torch.de
                 phases += [_follow_save(trainer, shadows, parts)]
             phases += [_follow_evaluation(trainer, shadows, ranking_loader, data.splits.test, "test")]
             phases += [_follow_baselines(trainer, shadows)] if config.eval.baselines else []
-    phases = [phase._replace(memory=phase.memory + runtime) for phase in phases]
+    # Below 0 where the heap of a process that did other things before, as a test's, gave back more than a small run takes.
+    phases = [phase._replace(memory=max(0, phase.memory) + runtime) for phase in phases]
     return Estimate(
         title=f"{config.paths.data_path}, {device}, {data.store.num_users:,} users, {data.store.num_items:,} items",
         layout=data.layout,
