@@ -50,7 +50,9 @@ class Pairs:
         if time:
             times = packing.pad(timestamps[:, None])[..., 0]  # (B, T)
             seconds = (times[:, :, None] - times[:, None]).clamp_(min=0)
-            self.gap = (torch.frexp((seconds + 1).double()).exponent.long() - 1).clamp_(max=NUM_GAPS - 1)  # exact, unlike a logarithm
+            # floor(log2(seconds + 1)) by whole numbers: a logarithm may fall on either side of a bucket's edge.
+            edges = 2 ** torch.arange(1, NUM_GAPS, device=timestamps.device) - 1
+            self.gap = torch.bucketize(seconds, edges, right=True)
             self.gap[:, 0] = self.gap[:, :, 0] = WITH_USER
 
 

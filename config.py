@@ -185,6 +185,22 @@ class LossConfig(_Group):
                                 unit="targets", minimum=0)  # fmt: skip
     temperature: float = setting(0.05, "Scores are divided by it before the loss.", above=0)
     logq: bool = setting(True, "Correct for how often each negative is drawn (sampled_softmax).")
+    learn_temperature: bool = setting(False, "Learn the temperature, from temperature on; it stays within .01 and 1.")
+    logq_source: str = setting("counts", "logq: how often a target is drawn, from the training events' counts, or streaming: estimated from"
+                               " the steps between its last times.", choices=("counts", "streaming"))  # fmt: skip
+    logq_rate: float = setting(0.05, "logq_source streaming: weight of an item's newest gap in its mean.", above=0, maximum=1)
+    popularity_negatives: int = setting(0, "Negatives drawn by popularity besides, shared by the batch (sampled_softmax).", unit="items",
+                                        minimum=0)  # fmt: skip
+    popularity_power: float = setting(0.75, "popularity_negatives: an item's training events to this power.", above=0)
+    memory_bank: int = setting(0, "Item vectors of past batches' targets that serve as negatives too, without gradients (sampled_softmax).",
+                               unit="items", minimum=0)  # fmt: skip
+    mask_seen_negatives: bool = setting(False, "Items of a user's own window are no negatives of that user (softmax losses).")
+    hard_negatives: int = setting(0, "Only so many of a token's negatives count, the highest scoring ones (softmax losses); 0 = all.",
+                                  unit="items", minimum=0)  # fmt: skip
+    label_smoothing: float = setting(0.0, "Share of the wanted probability that is spread over all candidates (softmax losses).", minimum=0,
+                                     below=1)  # fmt: skip
+    action_weights: tuple[float, ...] = setting((1.0, 1.0, 1.0), "Weights in the loss of targets that are exposures, clicks, conversions.",
+                                                minimum=0)  # fmt: skip
     action_head_weight: float = setting(0.0, "Weight of an auxiliary loss: cross-entropy of the target event's action type, from the query"
                                         " and the target item; 0 = off.", minimum=0)  # fmt: skip
     expert_balance_weight: float = setting(
@@ -197,6 +213,10 @@ class LossConfig(_Group):
             yield ("name", "num_negatives"), "expected at least 1 negative."
         if self.num_negatives == 0 and self.name == "sampled_softmax" and not self.in_batch_negatives:
             yield ("num_negatives", "in_batch_negatives"), "expected negatives from one of the two."
+        if self.label_smoothing and (self.mask_seen_negatives or self.hard_negatives):
+            yield ("label_smoothing", "mask_seen_negatives", "hard_negatives"), "expected label_smoothing without the other two."
+        if len(self.action_weights) != 3 or not sum(self.action_weights) > 0:
+            yield ("action_weights",), "expected three weights, one above 0 at least."
 
 
 @dataclass(frozen=True)
@@ -228,6 +248,8 @@ class EvalConfig(_Group):
     cold_candidates: str = setting("rank", "Candidates not in training (with id_dropout: known items without training events too): rank as"
                                    " others, drop, or take a penalty off.", choices=("rank", "drop", "penalty"))  # fmt: skip
     cold_penalty: float = setting(0.1, "cold_candidates penalty: what is taken off a score (cosine or inner product).", minimum=0)
+    test: bool = setting(True, "Test the best checkpoint on the test split at the end; false = on the validation split, so that settings"
+                         " can be chosen without a look at the test.")  # fmt: skip
     max_eval_users: int = setting(0, "Users evaluated of each split; 0 = all.", unit="users", minimum=0)
     eval_batch_size: int = setting(512, "Users ranked at once.", unit="users", minimum=1)
     eval_every_epochs: int = setting(1, "Epochs between evaluations.", unit="epochs", minimum=1)
@@ -420,7 +442,11 @@ def warnings_for(config: Config) -> list[str]:
         (loss.name == "full_softmax", ("num_negatives",), by_name),
         (loss.name != "sampled_softmax", ("in_batch_negatives", "max_in_batch", "logq"), by_name),
         (loss.name == "sampled_softmax" and not loss.in_batch_negatives, ("max_in_batch",), "with loss.in_batch_negatives false"),
-        (loss.name == "bce", ("temperature",), by_name),
+        (loss.name == "bce", ("temperature", "learn_temperature", "mask_seen_negatives", "hard_negatives", "label_smoothing"), by_name),
+        (loss.name != "sampled_softmax", ("logq_source", "popularity_negatives", "memory_bank"), by_name),
+        (loss.logq_source != "streaming" or not loss.logq, ("logq_rate",), "without loss.logq and loss.logq_source streaming"),
+        (not loss.logq, ("logq_source",), "with loss.logq false"),
+        (not loss.popularity_negatives, ("popularity_power",), "with loss.popularity_negatives 0"),
         (model.item_activation == "none", ("candidate_activation",), "with model.item_activation none"),
         (model.action_conditioning == "none", ("action_dropout", "wanted_action"), "with model.action_conditioning none"),
         (not model.time_features, ("time_fields",), "with model.time_features false"),

@@ -77,12 +77,15 @@ class NegativeSampling(NamedTuple):
     kind: "position" (K uniform items a token, outside the user's training history), "shared" (the batch's own
     targets, when in_batch, and num_negatives uniform items), or "all" (every item of the catalogue).
     max_in_batch: the targets of so many tokens, drawn without replacement, stand for all of the batch's; 0 = all.
+    num_popular: further items of "shared", drawn with the probabilities whose running sum is `popular`.
     """
 
     kind: str
     num_negatives: int
     in_batch: bool = True
     max_in_batch: int = 0
+    num_popular: int = 0
+    popular: np.ndarray | None = None  # (num_items + 1,) float64
 
 
 def make_splits(store, *, protocol: str, holdout_fraction: float, target: str, seed: int, max_eval_users: int = 0) -> Splits:
@@ -312,12 +315,12 @@ class BatchBuilder:
         if self.negatives.kind == "shared":
             random = generator(SHARED_NEGATIVES_KEY, self.seed, epoch, step)
             uniform = random.integers(1, self.store.num_items + 1, self.negatives.num_negatives)
-            if not self.negatives.in_batch:
-                return nothing[0], uniform
-            most = self.negatives.max_in_batch
-            return nothing[0], np.concatenate(
-                [uniform, random.choice(targets, most, replace=False) if 0 < most < len(targets) else targets]
-            )
+            drawn, most = [uniform], self.negatives.max_in_batch
+            if self.negatives.in_batch:
+                drawn.append(random.choice(targets, most, replace=False) if 0 < most < len(targets) else targets)
+            if self.negatives.num_popular:
+                drawn.append(np.searchsorted(self.negatives.popular, random.random(self.negatives.num_popular), side="right"))
+            return nothing[0], np.concatenate(drawn)
         if fast := kernels.compiled():
             item_ids, rows = kernels.contiguous(self.store.item_ids, np.int32), kernels.contiguous(samples, np.int64)
             token = split.begin, split.end, tokens.owner, tokens.positions, rows

@@ -34,7 +34,7 @@ from dataset import Split
 from errors import UserError
 from evaluate import ITEM_CHUNK, Ranker, trained_items
 from features import FeatureColumns, TableLayout
-from model import Recommender
+from model import TEMPERATURES, Recommender, heads_of
 from schema import Schema
 
 ENSEMBLE = "ensemble.json"
@@ -55,6 +55,9 @@ class Member:
 
     @property
     def temperature(self) -> float:
+        learnt = self.checkpoint.model_state.get("log_temperature")
+        if learnt is not None:
+            return float(learnt.clamp(*TEMPERATURES).exp())
         return self.config.loss.temperature if self.config.loss.name != "bce" else 1.0
 
     @property
@@ -65,8 +68,7 @@ class Member:
     def model(self, device: torch.device) -> Recommender:
         """The model with the checkpoint's weights."""
         widths = {name: self.schema[name].width for name in self.embeddings}
-        action_head = self.config.loss.action_head_weight > 0
-        model = Recommender(self.config.model, self.layout, widths, self.schema.has_time, action_head=action_head)
+        model = Recommender(self.config.model, self.layout, widths, self.schema.has_time, **heads_of(self.config.loss))
         model.load_state_dict(self.checkpoint.model_state)
         return model.to(device)
 

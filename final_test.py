@@ -40,18 +40,21 @@ def users_to_rank(num_users: int, num_candidates: int, seed: int) -> np.ndarray:
 
 
 def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> dict:
-    """Evaluate the trainer's weights (the checkpoint's) on the test split, add the baselines, write metrics.json (flat), return it."""
+    """Evaluate the trainer's weights (the checkpoint's) on the test split, add the baselines, write metrics.json (flat), return it.
+
+    With eval.test false all of it is the validation split's, and the test split is not looked at.
+    """
     config = trainer.config.eval
-    test = trainer.splits.test
+    name, test = ("test", trainer.splits.test) if config.test else ("valid", trainer.splits.valid)
     asked = users_to_rank(test.num_samples, len(trainer.candidates), trainer.config.system.seed)
     ranking = trainer.rank(test, asked)
     metrics = trainer.metrics_of(test, ranking)
     write_ranks(trainer.run.log_dir, test.users[asked], ranking.target_ranks[asked], ranking.topk_ids[asked])
     result = {
-        "split": "test",
+        "split": name,
         "protocol": config.protocol,
         **metrics,
-        "num_users": trainer.splits.test.num_samples,
+        "num_users": test.num_samples,
         "num_candidates": len(trainer.candidates),
         "num_cold_candidates": trainer.num_cold_candidates,
         "seen_removed": config.remove_seen,
@@ -62,14 +65,14 @@ def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> 
     }
     if config.baselines:
         baselines = Baselines(trainer.store, trainer.splits.train, trainer.candidates, config.remove_seen)
-        result |= baseline_metrics(baselines, trainer.splits.test, config.top_k, config.score_round)
+        result |= baseline_metrics(baselines, test, config.top_k, config.score_round)
     # At the run's last step, not the checkpoint's: a reader of train.log takes an earlier step for a resumed run's.
-    trainer.logger.eval_line(max(trainer.step, result["step"]), max(trainer.epoch, result["epoch"]), "test", result, None)
+    trainer.logger.eval_line(max(trainer.step, result["step"]), max(trainer.epoch, result["epoch"]), name, result, None)
     write_text_atomic(trainer.run.log_dir / "metrics.json", json.dumps(checkpoints.plain_json(result), indent=1) + "\n")  # nan is null
     write_report_data(
         trainer.run.log_dir,
         trainer.store,
-        trainer.splits,
+        trainer.splits._replace(test=test),
         ranking,
         np.unique(trainer.candidates),
         trainer.item_counts,

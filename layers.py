@@ -90,9 +90,13 @@ class Dropout(nn.Module):
             return x
         if x.is_cuda:
             return F.dropout(x, self.rate)
-        cut = min(round(self.rate * 2**16), 2**16 - 1)
-        fast = step_kernels.compiled()
-        return _Dropout.apply(x, cut) if fast is None else _HashDropout.apply(x, cut, fast.dropout)
+        return _cpu_dropout(x, min(round(self.rate * 2**16), 2**16 - 1))
+
+
+@torch.compiler.disable  # numba's loops and numpy's numbers cannot be traced; with torch.compile the graph is cut here
+def _cpu_dropout(x: Tensor, cut: int) -> Tensor:
+    fast = step_kernels.compiled()
+    return _Dropout.apply(x, cut) if fast is None else _HashDropout.apply(x, cut, fast.dropout)
 
 
 class _HashDropout(torch.autograd.Function):

@@ -21,6 +21,7 @@ time at C = 12,101, for the casts).
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,57 +38,115 @@ CUDA_CHUNK_ENTRIES = 1 << 26
 MIN_EXPECTED_COUNT = 1e-12
 
 
+class Hidden(NamedTuple):
+    """Items that are no negatives of some tokens: those of the token's user. A target is never hidden from its own token."""
+
+    owner: Tensor  # (N,) int64 user of each token
+    offsets: Tensor  # (B + 1,) int64: user u's are items[offsets[u] : offsets[u + 1]]
+    items: Tensor  # (Z,) int64 into item_emb; a user's own may repeat
+
+
+class MoreCandidates(NamedTuple):
+    """Candidates that are not among item_emb: none of them is a token's target."""
+
+    vectors: Tensor  # (E, D)
+    log_q: Tensor | None  # (E,)
+
+
+class _Terms(NamedTuple):
+    """Arguments of `softmax_loss` that have no gradient."""
+
+    target_index: Tensor
+    temperature: float
+    candidate_index: Tensor | None
+    log_q: Tensor | None
+    weights: Tensor | None
+    label_smoothing: float
+    hidden: Hidden | None
+    hard_negatives: int
+    more: MoreCandidates | None
+
+
 def softmax_loss(
     query: Tensor,
     item_emb: Tensor,
     target_index: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     candidate_index: Tensor | None = None,
     log_q: Tensor | None = None,
     weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    hidden: Hidden | None = None,
+    hard_negatives: int = 0,
+    more: MoreCandidates | None = None,
     chunk_size: int = 0,
 ) -> Tensor:
     """Softmax cross-entropy of each token's target among itself and C shared candidates (sampled softmax) or all items (full softmax).
 
     Logits are query . item / temperature - log_q, the target's too (Yi et al. 2019, Sampling-bias-corrected neural modeling, eq. 3).
     query: (N, D). item_emb: (M, D), each item once; cosine similarity is the caller's: normalised vectors. target_index: (N,) int64 into
-    item_emb. temperature: above 0. candidate_index: (C,) int64 into item_emb, each once; a token's own target among them counts as its
-    target only, never as a negative; None = all M. log_q: (M,) or None, see `log_expected_count`; no gradient flows into it.
-    weights: (N,) or None.
+    item_emb. temperature: above 0; a scalar tensor gets its gradient. candidate_index: (C,) int64 into item_emb, each once; a token's own
+    target among them counts as its target only, never as a negative;
+    None = all M. log_q: (M,) or None, see `log_expected_count`; no gradient flows into it.
+    weights: (N,) or None. label_smoothing: as torch's cross_entropy: this share of the wanted probability is spread evenly over a token's
+    candidates and its target; not together with the next two. hidden: candidates that are no negatives of some tokens. hard_negatives:
+    only so many of a token's negatives count, those of the highest logits (ties with the last of them too); 0 = all. more: candidates
+    besides, without a gradient.
     chunk_size: tokens a chunk; 0 = automatic; it changes rounding only.
     Returns the mean over tokens, weighted by weights: scalar float32 (float64 for float64 inputs); 0 where there is no token.
     """
-    if not temperature > 0:
+    learnt = isinstance(temperature, Tensor)
+    divisor = temperature.item() if learnt else float(temperature)
+    if not learnt and not temperature > 0:
         raise ValueError(f"softmax_loss: temperature is {temperature}; expected a number above 0.")
-    num_candidates = len(item_emb) if candidate_index is None else len(candidate_index)
+    if label_smoothing and (hidden is not None or hard_negatives):
+        raise ValueError("softmax_loss: label_smoothing spreads over all candidates; expected it without hidden and hard_negatives.")
+    num_candidates = (len(item_emb) if candidate_index is None else len(candidate_index)) + (0 if more is None else len(more.vectors))
     chunk = chunk_size or _automatic_chunk(query, num_candidates)
-    return _SoftmaxLoss.apply(query, item_emb, target_index, float(temperature), candidate_index, log_q, weights, chunk)
+    terms = _Terms(
+        target_index,
+        divisor,
+        candidate_index,
+        log_q,
+        weights,
+        label_smoothing,
+        hidden,
+        min(hard_negatives, num_candidates),
+        more,
+    )
+    return _SoftmaxLoss.apply(query, item_emb, temperature if learnt else None, terms, chunk)
 
 
-def bce_loss(query: Tensor, item_emb: Tensor, pos_index: Tensor, neg_index: Tensor, *, chunk_size: int = 0) -> Tensor:
+def bce_loss(
+    query: Tensor, item_emb: Tensor, pos_index: Tensor, neg_index: Tensor, *, weights: Tensor | None = None, chunk_size: int = 0
+) -> Tensor:
     """The organisers' baseline's loss: BCE with logits of the positive against 1, plus that of the negatives against 0.
 
     query: (N, D). item_emb: (M, D), the batch's unique items. pos_index: (N,) int64, neg_index: (N, K) int64, both into item_emb.
-    chunk_size: tokens a chunk; 0 = automatic. Returns mean over tokens + mean over tokens and negatives: scalar float32 (float64 for
+    weights: (N,) of the tokens in both means, or None. chunk_size: tokens a chunk; 0 = automatic.
+    Returns mean over tokens + mean over tokens and negatives: scalar float32 (float64 for
     float64 inputs); 0 where there is no token.
     """
     if neg_index.ndim != 2:
         raise ValueError(f"bce_loss: expected neg_index (N, K), found shape {tuple(neg_index.shape)}.")
     chunk = chunk_size or _automatic_chunk(query, query.shape[1] * (1 + neg_index.shape[1]))
-    return _BCELoss.apply(query, item_emb, pos_index, neg_index, chunk)
+    return _BCELoss.apply(query, item_emb, pos_index, neg_index, weights, chunk)
 
 
-def log_expected_count(item_prob: Tensor, num_in_batch: int, num_uniform: int, num_items: int, *, unique: bool = True) -> Tensor:
+def log_expected_count(
+    item_prob: Tensor, num_in_batch: float, num_uniform: int, num_items: int, *, others: Tensor | float = 0.0, unique: bool = True
+) -> Tensor:
     """log_q of candidates drawn by the batch's targets and uniform negatives together, for the correction of sampled softmax.
 
     item_prob: (C,) share of the training events that are this candidate. num_in_batch, num_uniform: draws of each kind; 0 = that kind
-    is off. num_items: items the uniform draws are from. unique: a candidate drawn several times stands in the list once, so its expected
+    is off. num_items: items the uniform draws are from. others: (C,) expected draws of further kinds.
+    unique: a candidate drawn several times stands in the list once, so its expected
     count there is the probability 1 - exp(-draws) of being in it; only with that does the corrected sum estimate the full softmax's
     without bias (with draws, an item that is drawn 50 times for every batch would count for a fiftieth). False: the expected number of
     draws (Yi et al. 2019), for lists with repeats. Returns (C,) float32, finite.
     """
-    draws = item_prob.float() * num_in_batch + num_uniform / max(1, num_items)
+    draws = item_prob.float() * num_in_batch + (num_uniform / max(1, num_items) + others)
     return (-torch.expm1(-draws) if unique else draws).clamp_min(MIN_EXPECTED_COUNT).log()
 
 
@@ -111,45 +170,53 @@ class _SavedGradients(torch.autograd.Function):
         return *scaled, *[None] * ctx.num_others
 
 
-def _save(ctx, query: Tensor, item_emb: Tensor, grad_query: Tensor | None, grad_item: Tensor | None, num_others: int) -> None:
-    ctx.save_for_backward(grad_query, grad_item)
-    ctx.dtypes, ctx.num_others = (query.dtype, item_emb.dtype), num_others
+def _save(ctx, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...], num_others: int) -> None:
+    ctx.save_for_backward(*grads)
+    ctx.dtypes, ctx.num_others = [None if x is None else x.dtype for x in inputs], num_others
 
 
 class _SoftmaxLoss(_SavedGradients):
     @staticmethod
-    def forward(ctx, query, item_emb, target_index, temperature, candidate_index, log_q, weights, chunk):
+    def forward(ctx, query, item_emb, temperature, terms, chunk):
         with torch.autocast(query.device.type, enabled=False):
-            with_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-            loss, grad_query, grad_item = _softmax_forward(
-                query, item_emb, target_index, temperature, candidate_index, log_q, weights, chunk, with_grad
-            )
-        _save(ctx, query, item_emb, grad_query, grad_item, 6)
+            with_grad = any(ctx.needs_input_grad[:3])
+            loss, grad_query, grad_item = _softmax_forward(query, item_emb, terms, chunk, with_grad)
+            grad_temperature = None
+            if ctx.needs_input_grad[2]:  # logits depend on it as on the queries' scale: d / d(1 / temperature) over all queries
+                grad_temperature = -(grad_query * query.detach().to(grad_query.dtype)).sum() / terms.temperature
+        _save(ctx, (query, item_emb, temperature), (grad_query, grad_item, grad_temperature), 2)
         return loss
 
 
-def _softmax_forward(query, item_emb, target_index, temperature, candidate_index, log_q, weights, chunk, with_grad):
+def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
     """(loss, gradient of query (N, D), gradient of item_emb (M, D)); the gradients are None without `with_grad`."""
-    dtype = _work_dtype(query, item_emb)
-    num_tokens = len(query)
+    target_index, temperature, candidate_index, log_q, weights, smoothing, hidden, hard, more = terms
+    dtype, num_tokens, device = _work_dtype(query, item_emb), len(query), query.device
     items = item_emb.detach().to(dtype)  # (M, D)
     candidates = items if candidate_index is None else items.index_select(0, candidate_index)  # (C, D)
-    # (N,) where among the candidates each target stands, -1 where it does not
-    own_place = None if candidate_index is None else _places(candidate_index, len(items)).index_select(0, target_index)
+    places = None if candidate_index is None else _places(candidate_index, len(items))
+    # (N,) where among the candidates each target stands, -1 where it does not; None: it stands at target_index, and may stay there
+    own_place = places.index_select(0, target_index) if places is not None else target_index if hard else None
+    hidden = None if hidden is None else _hidden_places(hidden, places)
     log_q = None if log_q is None else log_q.detach().to(dtype)
     candidate_log_q = log_q if log_q is None or candidate_index is None else log_q.index_select(0, candidate_index)
+    num_with_grad = len(candidates)
+    if more is not None:
+        candidates = torch.cat((candidates, more.vectors.detach().to(dtype)))
+        candidate_log_q = None if log_q is None else torch.cat((candidate_log_q, more.log_q.to(dtype)))
+    spread = _Spread(candidates, candidate_log_q, smoothing) if smoothing else None
     # The weight of each token in the mean: (N,)
-    share = torch.full((num_tokens,), 1.0, dtype=dtype, device=query.device) if weights is None else weights.detach().to(dtype)
+    share = torch.full((num_tokens,), 1.0, dtype=dtype, device=device) if weights is None else weights.detach().to(dtype)
     share = share / share.sum().clamp_min(torch.finfo(dtype).tiny)
-    grad_query = torch.empty(num_tokens, query.shape[1], dtype=dtype, device=query.device) if with_grad else None
+    grad_query = torch.empty(num_tokens, query.shape[1], dtype=dtype, device=device) if with_grad else None
     pieces = [Piece(0, num_tokens)] if query.is_cuda else halves(row_pieces(num_tokens, MIN_CHUNK))
 
     def job(piece: Piece) -> tuple[Tensor, Tensor | None]:
         """The share of one piece of the tokens: (loss, gradient of item_emb); rows of grad_query are filled in."""
         grad_item = torch.zeros_like(items) if with_grad else None
-        grad_candidates = torch.zeros_like(candidates) if with_grad and candidate_index is not None else grad_item
-        buffer = torch.empty(min(chunk, piece.end - piece.begin), len(candidates), dtype=dtype, device=query.device)
-        loss = torch.zeros((), dtype=dtype, device=query.device)
+        grad_candidates = grad_item if candidates is items or not with_grad else torch.zeros_like(candidates)
+        buffer = torch.empty(min(chunk, piece.end - piece.begin), len(candidates), dtype=dtype, device=device)
+        loss = torch.zeros((), dtype=dtype, device=device)
         for start in range(piece.begin, piece.end, chunk):
             part = slice(start, min(start + chunk, piece.end))
             scaled = query[part].detach().to(dtype) / temperature  # (n, D)
@@ -161,31 +228,93 @@ def _softmax_forward(query, item_emb, target_index, temperature, candidate_index
             own = (scaled * targets).sum(1)  # (n,)
             if log_q is not None:
                 own -= log_q.index_select(0, target)
+            if hidden is not None:
+                _hide_items(logits, hidden, part)
+                if own_place is None:
+                    logits.scatter_(1, target[:, None], own[:, None])
             if own_place is None:
                 top = logits.amax(1)
                 own_exp = 0.0  # among the candidates already
             else:
                 _hide(logits, own_place[part])
+                if hard:
+                    logits.masked_fill_(logits < logits.topk(hard, sorted=False).values.amin(1, keepdim=True), -torch.inf)
                 top = torch.maximum(logits.amax(1), own)
                 own_exp = (own - top).exp_()
             exp = logits.sub_(top[:, None]).exp_()
             total = exp.sum(1) + own_exp
             loss += torch.dot(total.log() + (top - own), weight)
+            own_share = None if spread is None else spread.of(scaled, own, None if own_place is None else own_place[part] < 0)
+            if spread is not None:
+                loss += torch.dot(own_share.added, weight)
             if not with_grad:
                 continue
             # d loss / d logits = weight (exp / total - onehot); the factors of a row are applied on the D-wide side.
             factor = (weight / total)[:, None]
             own_factor = (own_exp * factor[:, 0] - weight)[:, None]
+            if spread is not None:
+                own_factor += (own_share.of_target * weight)[:, None]
             grad = torch.mm(exp, candidates).mul_(factor).add_(targets.mul_(own_factor))  # (n, D)
-            torch.div(grad, temperature, out=grad_query[part])
             grad_candidates.addmm_(exp.T, scaled * factor)
+            if spread is not None:
+                each = (own_share.of_each * weight)[:, None]
+                grad.add_(each * spread.sum)
+                grad_candidates.add_((each * scaled).sum(0))
+            torch.div(grad, temperature, out=grad_query[part])
             grad_item.index_add_(0, target, scaled.mul_(own_factor))
         if grad_candidates is not grad_item:
-            grad_item.index_add_(0, candidate_index, grad_candidates)
+            of_items = grad_candidates[:num_with_grad]
+            grad_item.add_(of_items) if candidate_index is None else grad_item.index_add_(0, candidate_index, of_items)
         return loss, grad_item
 
     losses, grads = zip(*run([partial(job, piece) for piece in pieces]))
     return sum(losses), grad_query, _total(grads)
+
+
+class _SpreadRow(NamedTuple):
+    """What label smoothing changes for n tokens: the loss, and the weight of its gradient."""
+
+    added: Tensor  # (n,)
+    of_target: Tensor  # (n,)
+    of_each: Tensor  # (n,) each candidate's
+
+
+class _Spread:
+    """Label smoothing of e over K classes, (1 - e) onehot + e / K, needs the sum of the logits only: no pass over them.
+
+    loss = logsumexp - (1 - e) own - e / K sum(logits): what is added to the plain loss is e (own - sum / K).
+    """
+
+    def __init__(self, candidates: Tensor, log_q: Tensor | None, smoothing: float) -> None:
+        self.smoothing, self.num, self.sum = smoothing, len(candidates), candidates.sum(0)
+        self.sum_log_q = 0.0 if log_q is None else log_q.sum()
+
+    def of(self, scaled: Tensor, own: Tensor, own_is_extra: Tensor | None) -> _SpreadRow:
+        """own_is_extra: (n,) the target is not among the candidates, so a class more; None = it is."""
+        extra = torch.zeros_like(own) if own_is_extra is None else own_is_extra.to(own.dtype)
+        num = self.num + extra
+        total = scaled @ self.sum - self.sum_log_q + extra * own
+        return _SpreadRow(self.smoothing * (own - total / num), self.smoothing * (1 - extra / num), -self.smoothing / num)
+
+
+def _hidden_places(hidden: Hidden, places: Tensor | None) -> Hidden:
+    """The same with places among the candidates; items that are none of them are left out."""
+    if places is None:
+        return hidden
+    found = places.index_select(0, hidden.items)
+    kept = torch.zeros(len(found) + 1, dtype=torch.int64, device=found.device)
+    torch.cumsum(found >= 0, 0, out=kept[1:])
+    return Hidden(hidden.owner, kept.index_select(0, hidden.offsets), found[found >= 0])
+
+
+def _hide_items(logits: Tensor, hidden: Hidden, part: slice) -> None:
+    """Put -inf where a token's user hides a candidate. hidden: items are places."""
+    begin = hidden.offsets.index_select(0, hidden.owner[part])
+    counts = hidden.offsets.index_select(0, hidden.owner[part] + 1) - begin  # (n,)
+    ends = counts.cumsum(0)
+    rows = torch.repeat_interleave(counts)
+    columns = torch.arange(len(rows), device=rows.device) + (begin - ends + counts).index_select(0, rows)
+    logits[rows, hidden.items.index_select(0, columns)] = -torch.inf
 
 
 def _total(grads: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -211,27 +340,30 @@ def _hide(logits: Tensor, place: Tensor) -> None:
 
 class _BCELoss(_SavedGradients):
     @staticmethod
-    def forward(ctx, query, item_emb, pos_index, neg_index, chunk):
+    def forward(ctx, query, item_emb, pos_index, neg_index, weights, chunk):
         with torch.autocast(query.device.type, enabled=False):
-            loss, grad_query, grad_item = _bce_forward(query, item_emb, pos_index, neg_index, chunk, any(ctx.needs_input_grad[:2]))
-        _save(ctx, query, item_emb, grad_query, grad_item, 3)
+            loss, *grads = _bce_forward(query, item_emb, pos_index, neg_index, weights, chunk, any(ctx.needs_input_grad[:2]))
+        _save(ctx, (query, item_emb), tuple(grads), 4)
         return loss
 
 
-def _bce_forward(query, item_emb, pos_index, neg_index, chunk, with_grad):
+def _bce_forward(query, item_emb, pos_index, neg_index, weights, chunk, with_grad):
     """(loss, gradient of query (N, D), gradient of item_emb (M, D)); the gradients are None without `with_grad`."""
     dtype, (num_tokens, num_negatives) = _work_dtype(query, item_emb), neg_index.shape
     items = item_emb.detach()
     # Column 0 is the positive, the others negatives: label and weight of each logit, (1 + K,)
     label = torch.zeros(1 + num_negatives, dtype=dtype, device=query.device)
     label[0] = 1
-    weight = torch.full_like(label, 1 / max(1, num_tokens * num_negatives))
-    weight[0] = 1 / max(1, num_tokens)
+    weight = torch.full_like(label, 1 / max(1, num_negatives))
+    weight[0] = 1
+    # Of each token: (N,)
+    share = torch.ones(num_tokens, dtype=dtype, device=query.device) if weights is None else weights.detach().to(dtype)
+    share = share / share.sum().clamp_min(torch.finfo(dtype).tiny)
     grad_query = torch.empty(num_tokens, query.shape[1], dtype=dtype, device=query.device) if with_grad else None
 
     tensors = query.detach(), items, pos_index, neg_index
-    fast = step_kernels.compiled() if all(t.device.type == "cpu" for t in tensors) and query.dtype == items.dtype == torch.float32 else None
-    if fast:
+    plain = weights is None and all(t.device.type == "cpu" for t in tensors) and query.dtype == items.dtype == torch.float32
+    if fast := step_kernels.compiled() if plain else None:
         return _fast_bce(fast, *(t.contiguous().numpy() for t in tensors), with_grad)
 
     def job(piece: Piece) -> tuple[Tensor, Tensor | None]:
@@ -244,9 +376,9 @@ def _bce_forward(query, item_emb, pos_index, neg_index, chunk, with_grad):
             for column, index in enumerate((pos_index[part], *neg_index[part].unbind(1))):  # a (n, 1 + K, D) tensor costs more in passes
                 vectors = items.index_select(0, index).to(dtype)  # (n, D)
                 logits = (vectors * tokens).sum(1)  # (n,)
-                loss += (F.softplus(logits) - label[column] * logits).sum() * weight[column]
+                loss += torch.dot(F.softplus(logits) - label[column] * logits, share[part]) * weight[column]
                 if with_grad:
-                    grad_logits = ((logits.sigmoid() - label[column]) * weight[column])[:, None]  # (n, 1)
+                    grad_logits = ((logits.sigmoid() - label[column]) * share[part] * weight[column])[:, None]  # (n, 1)
                     grad.addcmul_(grad_logits, vectors)
                     grad_item.index_add_(0, index, vectors.copy_(tokens).mul_(grad_logits))
             if with_grad:

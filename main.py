@@ -352,7 +352,7 @@ def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dic
     logger.banner(
         "done",
         [
-            ("test", f"HR@10 {metrics['hr@10']:.4f}, NDCG@10 {metrics['ndcg@10']:.4f}, score {metrics['score']:.4f}"),
+            (metrics["split"], f"HR@10 {metrics['hr@10']:.4f}, NDCG@10 {metrics['ndcg@10']:.4f}, score {metrics['score']:.4f}"),
             ("best checkpoint", run.checkpoint_dir / "best_model.pt"),
             ("metrics", run.log_dir / "metrics.json"),
             ("report", report),

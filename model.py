@@ -7,6 +7,7 @@ Legend: B users, N packed tokens, M unique items, D width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from parallel import in_pieces, row_pieces
 from schema import ANY_ACTION, NUM_ACTION_TYPES
 from time_features import TimeFeatures
 
+TEMPERATURES = math.log(0.01), math.log(1.0)  # of a learnt one, so that it cannot run away
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
@@ -63,14 +65,30 @@ class DenseProjection(nn.Module):
         return values @ torch.cat((self.projection.weight.T, self.projection.bias[None], self.missing[None]))
 
 
+def heads_of(loss) -> dict[str, object]:
+    """What of a model the loss group of the settings decides: options of Recommender."""
+    learnt = loss.learn_temperature and loss.name != "bce"
+    return {"action_head": loss.action_head_weight > 0, "temperature": loss.temperature if learnt else 0.0}
+
+
 class Recommender(nn.Module):
     """Item tower, user token and causal sequence encoder over one joint table.
 
     config: the model group of the settings. layout: fields of the joint table. embedding_widths: {feature id: width} of the
     multimodal features in use. has_time: whether the data's timestamps are times. action_head: with the head of loss.action_head_weight.
+    temperature: where a learnt one starts; 0 = it is not learnt.
     """
 
-    def __init__(self, config, layout: TableLayout, embedding_widths: dict[str, int], has_time: bool, *, action_head: bool = False) -> None:
+    def __init__(
+        self,
+        config,
+        layout: TableLayout,
+        embedding_widths: dict[str, int],
+        has_time: bool,
+        *,
+        action_head: bool = False,
+        temperature: float = 0.0,
+    ) -> None:
         super().__init__()
         width = config.hidden_units
         self.config = config
@@ -90,6 +108,7 @@ class Recommender(nn.Module):
         self.backbone = BACKBONES[config.backbone](replace(config, time_bias=config.time_bias and has_time))
         self.conditioning = ActionConditioning(config.action_conditioning, width) if config.action_conditioning != "none" else None
         self.action_head = ActionHead(width) if action_head else None
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if temperature else None
         self.unknown_id = nn.Parameter(torch.zeros(width)) if config.id_dropout else None
         if config.id_dropout:  # which items' ids have been trained on, (items + 1,): the others get unknown_id for good
             num_items = next(field.values for field in layout.fields if field.name == ITEM_ID)
@@ -114,6 +133,10 @@ class Recommender(nn.Module):
         for table in (self.actions, self.positions):
             if table is not None:
                 nn.init.normal_(table.weight, std=config.init_std)
+
+    def temperature(self) -> Tensor | None:
+        """The learnt one, a scalar; None where it is fixed."""
+        return None if self.log_temperature is None else self.log_temperature.clamp(*TEMPERATURES).exp()
 
     def encode_items(self, inputs: SideInputs) -> ItemVectors:
         """Vectors of M unique items."""

@@ -55,6 +55,12 @@ def _wholes(value: object) -> tuple[int, ...]:
     return tuple(map(_whole, value))
 
 
+def _numbers(value: object) -> tuple[float, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError
+    return tuple(map(_number, value))
+
+
 def _wholes_or_none(value: object) -> tuple[int, ...]:
     return () if value in ("none", [], ()) else _wholes(value)
 
@@ -93,6 +99,7 @@ KINDS: dict[str, Kind] = {
     "float": Kind(_number, "a number", "NUMBER"),
     "str": Kind(_text, "text (in quotes where YAML takes it for something else)", "TEXT"),
     "tuple[int, ...]": Kind(_wholes, "a list of different whole numbers", "INT ..."),
+    "tuple[float, ...]": Kind(_numbers, "a list of numbers", "NUMBER ..."),
     "tuple[()] | tuple[int, ...]": Kind(_wholes_or_none, "none or a list of different whole numbers", "INT ..."),
     "tuple[str, ...]": Kind(_names_or_none, "none or a list of different names, as [item_id, 121]", "NAME ..."),
     "str | tuple[str, ...]": Kind(_feature_ids, "auto, none or a list of different feature ids, as [81, 82]", "ID ..."),

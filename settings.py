@@ -197,7 +197,8 @@ def _from_text(key: Key, words: Sequence[str]) -> object:
         return _TRUTH.get(words[0].strip().lower(), words[0]) if words else True
     if key.is_list:
         parts = [part for word in words for part in word.split(",") if part]
-        return parts[0] if parts in (["auto"], ["none"]) else [_number(int, part) if "int" in key.kind else part for part in parts]
+        kind = int if "int" in key.kind else float if "float" in key.kind else str
+        return parts[0] if parts in (["auto"], ["none"]) else [_number(kind, part) for part in parts]
     return _number({"int": int, "float": float}.get(key.kind, str), words[0])
 
 

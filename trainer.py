@@ -24,14 +24,14 @@ import board
 import checkpoint as checkpoints
 from candidates import read_candidates
 from config import Config
-from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch, training_item_counts
+from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
 from embedding import Touched
 from errors import RunError, UserError
 from evaluate import Ranker, Ranking, move, split_metrics, trained_items, wanted_actions, without_cold
 from experts import take_usage
 from features import FeatureColumns, FeatureInputs, TableLayout, dropped_ids, known_items_digest
 from logger import RunLogger, rss_gib
-from model import Recommender
+from model import Recommender, heads_of
 from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_touched
 from parallel import cores, give_freed_memory_back, keep_freed_memory
 from runs import RunPaths, write_status
@@ -58,7 +58,7 @@ def build_model(config: Config, layout: TableLayout, schema, embeddings: tuple[s
     """A freshly initialised model; its weights depend on config.system.seed alone."""
     torch.manual_seed(config.system.seed)
     widths = {i: schema[i].width for i in embeddings}
-    model = Recommender(config.model, layout, widths, schema.has_time, action_head=config.loss.action_head_weight > 0)
+    model = Recommender(config.model, layout, widths, schema.has_time, **heads_of(config.loss))
     model.backbone.gradient_checkpointing = config.training.gradient_checkpointing
     if config.training.compile:
         model.backbone.compile(dynamic=True)  # in place: the names of the weights stay
@@ -108,7 +108,7 @@ class Trainer:
         self.model = build_model(config, layout, store.schema, embeddings).to(device)
         self.columns = FeatureColumns(store, layout, embeddings)
         self._note_trained_items()
-        self.builder = BatchBuilder(store, splits.train, config.model.max_seq_length, config.system.seed, negative_sampling(config))
+        self.builder = BatchBuilder(store, splits.train, config.model.max_seq_length, config.system.seed, self._negatives())
         self.order = TrainingOrder(
             splits.train, training.batch_size, config.system.seed, config.model.max_seq_length, config.data.length_buckets
         )
@@ -132,6 +132,9 @@ class Trainer:
         self._shares: list[_Share] = []  # of the update that is being made, a batch each
 
     # What only training needs is made when it is first asked for: an evaluation holds no moments.
+
+    def _negatives(self) -> NegativeSampling:
+        return negative_sampling(self.config, lambda: self.item_counts)
 
     @cached_property
     def loss(self) -> TrainingLoss:
@@ -254,7 +257,7 @@ class Trainer:
         """
         with self._autocast():
             encoded = self.model.encode(batch, features)
-        loss = self.loss(encoded.query, encoded.item_emb, batch)
+        loss = self.loss(encoded.query, encoded.item_emb, batch, self.model.temperature())
         action_loss = torch.zeros((), device=self.device)
         if self.model.action_head is not None:
             action_loss = self.model.action_head.loss(encoded.state, encoded.item_emb, batch.target_index, batch.target_actions)
@@ -335,6 +338,7 @@ class Trainer:
             }
             | ({"action_loss": self.action_loss_sum / max(1, self.loss_count)} if self.model.action_head is not None else {})
             | self._expert_shares()
+            | ({"temperature": self._temperature()} if self.config.loss.learn_temperature else {})
         )
         self.loss_sum, self.action_loss_sum, self.loss_count = 0.0, 0.0, 0
         self._start_clock()
@@ -350,6 +354,10 @@ class Trainer:
 
     # ---- evaluation ----
 
+    def _temperature(self) -> float:
+        learnt = self.model.temperature()
+        return learnt.item() if learnt is not None else self.config.loss.temperature if self.config.loss.name != "bce" else 1.0
+
     def _ranker(self) -> Ranker:
         config = self.config
         ranker = Ranker(
@@ -360,7 +368,7 @@ class Trainer:
             batch_size=config.eval.eval_batch_size,
             num_workers=config.data.num_workers,
             prefetch_batches=config.data.prefetch_batches,
-            temperature=config.loss.temperature if config.loss.name != "bce" else 1.0,
+            temperature=self._temperature(),
             cold_penalty=config.eval.cold_penalty if config.eval.cold_candidates == "penalty" else 0.0,
         )
         return self.ranker_of(ranker) if self.ranker_of else ranker
@@ -445,6 +453,7 @@ class Trainer:
         return {name: getattr(self, name) for name in PROGRESS} | {
             **self.updates.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "loss": self.loss.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -476,6 +485,7 @@ class Trainer:
         self.load_weights(loaded.model_state)
         self.updates.load_state_dict(state)
         self.scaler.__dict__.update(state["scaler"])
+        self.loss.load_state_dict(state.get("loss", {}))
         for name in PROGRESS:
             setattr(self, name, state.get(name, getattr(self, name)))  # an older checkpoint lacks what came later
         best = self.run.checkpoint_dir / self.best_name
@@ -545,6 +555,8 @@ def check_compatible(meta: dict, config: Config, layout: TableLayout, embeddings
     different = [f"{key}: {saved[key]} there, {value} here" for key, value in present.items() if saved[key] != value]
     if (then.loss.action_head_weight > 0) != (config.loss.action_head_weight > 0):
         different.append(f"action_head_weight: {then.loss.action_head_weight} there, {config.loss.action_head_weight} here")
+    if (heads_of(then.loss)["temperature"] > 0) != (heads_of(config.loss)["temperature"] > 0):
+        different.append(f"learn_temperature: {then.loss.learn_temperature} there, {config.loss.learn_temperature} here")
     if meta["layout"] != layout.to_list():
         different.append("the data: other features, or other numbers of items, users or values")
     if meta["embeddings"] != list(embeddings):

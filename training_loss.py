@@ -12,41 +12,113 @@ from torch import Tensor
 
 from config import Config
 from dataset import Batch, NegativeSampling, Split, training_item_counts
-from losses import bce_loss, log_expected_count, softmax_loss
+from losses import Hidden, MoreCandidates, bce_loss, log_expected_count, softmax_loss
+from negatives import MemoryBank, StreamingFrequency, popularity_probability
 
 
 class TrainingLoss:
-    """The configured loss of a batch from query and item vectors."""
+    """The configured loss of a batch from query and item vectors. It may keep a state from batch to batch: see `state_dict`."""
 
     def __init__(self, config: Config, store, train: Split, device: torch.device) -> None:
-        self.config, self.num_items = config.loss, store.num_items
-        self.item_share = None
-        if self.config.name == "sampled_softmax" and self.config.logq:
-            counts = training_item_counts(store, train)
-            self.item_share = torch.from_numpy(counts / max(1, counts.sum())).float().to(device)  # (num_items + 1,)
+        loss = self.config = config.loss
+        self.num_items, self.device = store.num_items, device
+        sampled = loss.name == "sampled_softmax"
+        counted = sampled and loss.logq and (loss.logq_source == "counts" or loss.popularity_negatives > 0)
+        counts = training_item_counts(store, train) if counted else None
+        self.item_share = self.popular_share = None  # (num_items + 1,) float32
+        if counted and loss.logq_source == "counts":
+            self.item_share = torch.from_numpy(counts / max(1, counts.sum())).float().to(device)
+        if counted and loss.popularity_negatives:
+            self.popular_share = torch.from_numpy(popularity_probability(counts, loss.popularity_power)).float().to(device)
+        self.frequency = self.bank = None
+        if sampled and loss.logq and loss.logq_source == "streaming":
+            self.frequency = StreamingFrequency(store.num_items, loss.logq_rate, device)
+        if sampled and loss.memory_bank:
+            self.bank = MemoryBank(loss.memory_bank, config.model.hidden_units, store.num_items, device)
+        plain = len(set(loss.action_weights)) == 1
+        self.action_weights = None if plain else torch.tensor(loss.action_weights, dtype=torch.float32, device=device)
 
-    def __call__(self, query: Tensor, item_emb: Tensor, batch: Batch) -> Tensor:
-        """query (N, D), item_emb (M, D) of batch.unique_ids; the mean over tokens."""
+    def __call__(self, query: Tensor, item_emb: Tensor, batch: Batch, temperature: Tensor | None = None) -> Tensor:
+        """query (N, D), item_emb (M, D) of batch.unique_ids; the mean over tokens. temperature: the learnt one, a scalar; None = fixed."""
         config = self.config
+        weights = None if self.action_weights is None else self.action_weights[batch.target_actions]
         if config.name == "bce":
-            return bce_loss(query, item_emb, batch.target_index, batch.negative_index, chunk_size=config.chunk_size)
+            return bce_loss(query, item_emb, batch.target_index, batch.negative_index, weights=weights, chunk_size=config.chunk_size)
+        options = {
+            "temperature": config.temperature if temperature is None else temperature,
+            "weights": weights,
+            "label_smoothing": config.label_smoothing,
+            "hard_negatives": config.hard_negatives,
+            "chunk_size": config.chunk_size,
+        }
         if config.name == "full_softmax":  # unique_ids are 0 (padding), 1 .. num_items
-            return softmax_loss(query, item_emb[1:], batch.target_index - 1, temperature=config.temperature, chunk_size=config.chunk_size)
-        log_q = None
-        if self.item_share is not None:
-            num_in_batch = min(query.shape[0], config.max_in_batch or query.shape[0]) if config.in_batch_negatives else 0
-            log_q = log_expected_count(self.item_share[batch.unique_ids], num_in_batch, config.num_negatives, self.num_items)
-        return softmax_loss(
+            hidden = _seen_by_user(batch, 1) if config.mask_seen_negatives else None
+            return softmax_loss(query, item_emb[1:], batch.target_index - 1, hidden=hidden, **options)
+        targets = batch.target_index.unique() if self.frequency is not None or self.bank is not None else None
+        if self.frequency is not None:
+            self.frequency.update(batch.unique_ids[targets])
+        more = self._bank(batch, query.shape[0])
+        loss = softmax_loss(
             query,
             item_emb,
             batch.target_index,
             candidate_index=batch.candidate_index,
-            temperature=config.temperature,
-            log_q=log_q,
-            chunk_size=config.chunk_size,
+            log_q=self._log_q(batch.unique_ids, query.shape[0]),
+            hidden=_seen_by_user(batch, 0) if config.mask_seen_negatives else None,
+            more=more,
+            **options,
         )
+        if self.bank is not None:
+            self.bank.update(batch.unique_ids[targets], item_emb[targets])
+        return loss
+
+    def _bank(self, batch: Batch, num_tokens: int) -> MoreCandidates | None:
+        if self.bank is None:
+            return None
+        items, vectors = self.bank.others(batch.unique_ids)
+        return MoreCandidates(vectors, self._log_q(items, num_tokens)) if len(items) else None
+
+    def _log_q(self, items: Tensor, num_tokens: int) -> Tensor | None:
+        """Logarithm of how often each item (M,) is to be expected among the candidates of a step; None without logq."""
+        config = self.config
+        if not config.logq:
+            return None
+        num_in_batch = min(num_tokens, config.max_in_batch or num_tokens)
+        # Only in-batch negatives with the bank: it repeats the last batches' targets.
+        batches = (num_in_batch / num_tokens if config.in_batch_negatives else 0.0) + (0.0 if self.bank is None else self.bank.num_batches)
+        popular = 0.0 if self.popular_share is None else self.popular_share[items] * config.popularity_negatives
+        if self.frequency is not None:
+            return log_expected_count(self.frequency.expected_draws(items), batches, config.num_negatives, self.num_items, others=popular)
+        return log_expected_count(self.item_share[items], batches * num_tokens, config.num_negatives, self.num_items, others=popular)
+
+    def state_dict(self) -> dict:
+        parts = {"frequency": self.frequency, "bank": self.bank}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in (("frequency", self.frequency), ("bank", self.bank)):
+            if part is not None and name in state:  # else the setting is new: it starts empty
+                part.load_state_dict(state[name])
 
 
-def negative_sampling(config: Config) -> NegativeSampling:
-    kind = {"bce": "position", "sampled_softmax": "shared", "full_softmax": "all"}[config.loss.name]
-    return NegativeSampling(kind, config.loss.num_negatives, config.loss.in_batch_negatives, config.loss.max_in_batch)
+def _seen_by_user(batch: Batch, first: int) -> Hidden:
+    """Each user's inputs and targets of this batch; `first`: the place in unique_ids of the first row that the loss is given."""
+    length = batch.lengths  # tokens a user, each with one target; the first one's input is no item
+    ends = (2 * length).cumsum(0)
+    offsets = torch.cat((ends.new_zeros(1), ends))
+    items = batch.target_index.new_empty(int(offsets[-1]))
+    token = torch.arange(len(batch.owner), device=batch.owner.device)
+    place = offsets[batch.owner] + batch.positions
+    inputs = torch.where(batch.positions == 0, batch.target_index[token], batch.item_index)
+    items[place], items[place + length[batch.owner]] = inputs, batch.target_index
+    return Hidden(batch.owner, offsets, items - first)
+
+
+def negative_sampling(config: Config, counts=None) -> NegativeSampling:
+    """counts: (num_items + 1,) training events of each item; only read with popularity_negatives."""
+    loss = config.loss
+    kind = {"bce": "position", "sampled_softmax": "shared", "full_softmax": "all"}[loss.name]
+    popular = None
+    if kind == "shared" and loss.popularity_negatives:
+        popular = popularity_probability(counts(), loss.popularity_power).cumsum()
+    return NegativeSampling(kind, loss.num_negatives, loss.in_batch_negatives, loss.max_in_batch, loss.popularity_negatives, popular)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from test_trainer import losses_of, make_trainer
 from torch import nn
 
 from attention_bias import NUM_GAPS, WITH_USER, AttentionBias, Pairs
@@ -134,6 +135,23 @@ def test_rmsnorm_by_hand():
     norm, x = make_norm("rmsnorm", 4), torch.tensor([[1.0, -2.0, 3.0, 0.5]])
     torch.testing.assert_close(norm(x), x / (x.square().mean() + 1e-5).sqrt())
     assert isinstance(make_norm("layernorm", 4), nn.LayerNorm)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("settings", [
+    {}, {"gradient_checkpointing": True}, {"backbone": "hstu", "position": "relative", "time_bias": True, "num_experts": 3},
+], ids=str)  # fmt: skip
+def test_a_run_with_compiled_blocks_has_the_same_losses(tmp_path, settings):
+    """In a run, with dropout and pieces in threads."""
+    found = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        trainer = make_trainer(folder, compile=compiled, batch_size=40, max_steps=3, **settings)
+        trainer.fit()
+        found.append(losses_of(folder))
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 3
+    for step, loss in found[0].items():
+        assert found[1][step] == pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

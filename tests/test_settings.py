@@ -102,7 +102,7 @@ OTHER = {
     "table_lr_scheduler": "step", "muon_lr_scheduler": "step", "table_warmup_steps": 5, "muon_warmup_steps": 0,
     "precision": "bf16", "name": "bce", "multimodal_features": ("81", "82"), "protocol": "leave_one_out", "target": "last_click",
     "candidates": "/c", "top_k": (5, 20), "score_round": 2, "best_metric": "loss", "device": "cpu", "feature_width": "auto",
-    "hash_rows": (64, 50), "hashed_features": ("user_id", "121"),
+    "hash_rows": (64, 50), "logq_source": "streaming", "action_weights": (1.0, 2.5, 2.5), "hashed_features": ("user_id", "121"),
 }  # fmt: skip
 
 

@@ -1,0 +1,316 @@
+"""Runs a sweep: rows of settings x seeds x data sets, each a run of main.py; one table, one picture. It can be stopped and goes on.
+
+python experiments/run.py experiments/sweeps/beauty.yaml --data beauty=data/beauty --out sweeps/beauty
+python experiments/run.py SWEEP --out FOLDER --only default ids --seeds 1 2      some of it
+python experiments/run.py SWEEP --out FOLDER --table_only                        the table of what is there
+python experiments/run.py SWEEP --out FOLDER --write_rows                        each row's settings to configs/experiments/
+
+A sweep file:
+  data:     {name: a command that makes the folder {folder}, or nothing where --data gives one}
+  base:     settings file of all rows, or nothing for the defaults
+  settings: {key: value} of all rows
+  seeds:    [1, 2, 3]
+  rows:     {name: {key: value}}, besides `against: other row` (whose interval is given) and `from: other row` (whose settings come first)
+  search:   {key: [values]} in place of rows: every combination is a row, trained with --no-test; the best on validation is then tested
+
+Intervals: 95 % paired bootstrap over users and seeds of a row's NDCG@10 less that of its `against`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+import yaml
+
+from charts import lines
+from checkpoint import write_text_atomic
+from config import KEYS, Config, with_values
+from errors import UserError, run_cli
+from metrics import paired_bootstrap
+from report_compare import gains, seconds_of
+from report_html import page, section
+from report_read import Run, curve, read_run
+from runs import environment
+from settings import dump_yaml, load_config
+
+SWEEP_KEYS = ("data", "base", "settings", "seeds", "rows", "search")
+METRICS = ("hr@10", "ndcg@10", "score")
+CHOSEN_BY = "ndcg@10"  # on validation, in a search
+
+
+class Row(NamedTuple):
+    """A row of the table. against: the row whose interval is given, "" = none."""
+
+    name: str
+    settings: dict
+    against: str = ""
+
+
+class Sweep(NamedTuple):
+    data: dict[str, str]
+    base: str
+    seeds: list[int]
+    rows: list[Row]
+    is_search: bool
+
+
+def read_sweep(path: Path) -> Sweep:
+    """A sweep file, checked: UserError names an unknown key, row or setting."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(tree, dict) or (unknown := [key for key in tree if key not in SWEEP_KEYS]):
+        raise UserError(f"{path}: expected the keys {', '.join(SWEEP_KEYS)}{f'; found {unknown[0]!r}' if isinstance(tree, dict) else ''}.")
+    if ("rows" in tree) == ("search" in tree) or not tree.get("data"):
+        raise UserError(f"{path}: expected data, and either rows or search.")
+    common, written = tree.get("settings") or {}, tree.get("rows") or {}
+    settings: dict[str, dict] = {}
+    rows = []
+    for name, row in written.items():
+        row = dict(row or {})
+        start, against = row.pop("from", None), row.pop("against", "")
+        for other in filter(None, (start, against)):
+            if other not in settings:
+                raise UserError(f"{path}: row {name} names {other!r}; expected a row above it.")
+        settings[name] = {**(settings[start] if start else common), **row}
+        rows.append(Row(name, settings[name], against))
+    for values in itertools.product(*(tree.get("search") or {}).values()) if "search" in tree else ():
+        chosen = dict(zip(tree["search"], values))
+        rows.append(Row(" ".join(f"{key}={value}" for key, value in chosen.items()), {**common, **chosen, "test": False}))
+    for row in rows:
+        if not_keys := [key for key in row.settings if key not in KEYS]:
+            raise UserError(f"{path}: row {row.name}: {not_keys[0]!r} is no setting.")
+    return Sweep(dict(tree["data"]), tree.get("base") or "", list(tree.get("seeds") or [1]), rows, "search" in tree)
+
+
+def settings_of(sweep: Sweep, row: Row):
+    """The row's whole configuration; UserError where a value does not fit."""
+    base = load_config(["--config", str(ROOT / sweep.base)] if sweep.base else [], environ={}, default_file=ROOT / "nowhere.yaml").config
+    return with_values(base, **row.settings)
+
+
+class One(NamedTuple):
+    """One run of the sweep and where it lies."""
+
+    row: Row
+    data: str
+    seed: int
+    folder: Path
+
+
+def runs_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> Iterator[One]:
+    for data, row, seed in itertools.product(sweep.data, sweep.rows, seeds or sweep.seeds):
+        if not only or row.name in only:
+            yield One(row, data, seed, out / data / re.sub(r"[^\w.=-]+", "_", row.name) / f"seed{seed}")
+
+
+def state_of(run: One, wanted: str) -> str:
+    """ "done", "unfinished" or "missing"; a folder of other settings is "missing" and is made anew."""
+    note = run.folder / "sweep.json"
+    if not note.is_file() or json.loads(note.read_text())["settings"] != wanted:
+        return "missing"
+    finished = read_run(run.folder / "log", log=False).status.get("state") == "finished"
+    return "done" if finished else "unfinished" if (run.folder / "log" / "status.json").is_file() else "missing"
+
+
+def train(sweep: Sweep, run: One, folder: Path) -> None:
+    """Make the run, or go on with it. RuntimeError when main.py fails; KeyboardInterrupt goes through to it and stops the sweep."""
+    config = settings_of(sweep, run.row)
+    wanted = hashlib.sha256(dump_yaml(with_values(config, seed=run.seed)).encode()).hexdigest()
+    state = state_of(run, wanted)
+    if state == "done":
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    file = run.folder / "settings.yaml"
+    write_text_atomic(file, dump_yaml(with_values(config, seed=run.seed)))
+    write_text_atomic(run.folder / "sweep.json", json.dumps({"settings": wanted, "row": run.row.name, "data": run.data, "seed": run.seed}))
+    places = {"--data_path": folder, "--log_path": run.folder / "log", "--checkpoint_path": run.folder / "checkpoints",
+              "--tensorboard_path": run.folder / "tensorboard"}  # fmt: skip
+    flags = [str(word) for pair in places.items() for word in pair]
+    command = [sys.executable, str(ROOT / "main.py"), "--config", str(file), *flags, "--resume" if state == "unfinished" else "--overwrite"]
+    print(f"{run.data}, {run.row.name}, seed {run.seed}: {state}", flush=True)
+    with open(run.folder / "console.txt", "w", encoding="utf-8") as console:
+        status = subprocess.call(command, stdout=console, stderr=subprocess.STDOUT, cwd=ROOT)
+    if status:
+        raise RuntimeError(f"{shlex.join(command)}\nended with status {status}; see {run.folder / 'console.txt'}")
+
+
+# ---- what came of it ----
+
+
+def result_of(runs: list[Run], key: str) -> np.ndarray:
+    return np.array([run.metrics[key] for run in runs], dtype=np.float64)
+
+
+def interval(runs: list[Run], others: list[Run]) -> tuple[float, float, float] | None:
+    """Mean and ends of the paired difference in NDCG@10, over users and seeds; None without ranks of the same users on both sides."""
+    if len(runs) != len(others) or any(run.ranks is None for run in (*runs, *others)):
+        return None
+    users = runs[0].ranks.user
+    if any(not np.array_equal(run.ranks.user, users) for run in (*runs, *others)):
+        return None
+    ours, theirs = (torch.from_numpy(np.stack([gains(run.ranks.rank, "ndcg@10") for run in side])) for side in (runs, others))
+    return paired_bootstrap(ours, theirs)
+
+
+def steps_to(runs: list[Run], others: list[Run]) -> int | None:
+    """The mean of the first steps at which validation NDCG@10 reaches the others' best of the same seed; None where one never does."""
+    found = []
+    for run, other in zip(runs, others):
+        best = max((value for _, value in curve(other, "ndcg@10", "valid")), default=float("inf"))
+        found.append(next((step for step, value in curve(run, "ndcg@10", "valid") if value >= best), None))
+    return None if not found or None in found else round(sum(found) / len(found))
+
+
+def table_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> tuple[str, list[dict]]:
+    """The table in Markdown and its content, of the runs that are finished."""
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in runs_of(sweep, out, only, seeds):
+        one = read_run(run.folder / "log")
+        if one.status.get("state") == "finished" and one.metrics:
+            found.setdefault((run.data, run.row.name), []).append(one)
+    content, text = [], []
+    for data in sweep.data:
+        header = ("row", *(METRICS), "seeds", "less", "95 % interval of NDCG@10", "minutes", "steps", "steps to its best validation")
+        text += [f"**{data}**", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for row in sweep.rows:
+            runs = found.get((data, row.name))
+            if not runs:
+                continue
+            entry = {"data": data, "row": row.name, "seeds": len(runs), "split": runs[0].metrics["split"], "against": row.against}
+            cells = []
+            for key in METRICS:
+                values = result_of(runs, key)
+                entry[key], entry[f"{key}.sd"] = float(values.mean()), float(values.std(ddof=1)) if len(runs) > 1 else None
+                cells.append(f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(runs) > 1 else ""))
+            others = found.get((data, row.against), [])
+            between = interval(runs, others) if others else None
+            entry["difference"] = between
+            minutes = float(np.mean([seconds_of(run) or 0.0 for run in runs]) / 60)
+            entry["minutes"], entry["steps"] = minutes, int(np.mean([run.status.get("step", 0) for run in runs]))
+            words = "" if between is None else f"{between[0]:+.4f} ({between[1]:+.4f} to {between[2]:+.4f})"
+            entry["steps_to_reach"] = reach = steps_to(runs, others)
+            cells += [len(runs), row.against, words, f"{minutes:.1f}", entry["steps"], "" if reach is None else reach]
+            text.append(f"| {row.name} | {' | '.join(map(str, cells))} |")
+            content.append(entry)
+        text.append("")
+    return "\n".join(text), content
+
+
+def picture_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> str:
+    """Validation NDCG@10 by step, a line a row (its first seed), a chart a data set: one HTML file."""
+    charts = []
+    for data in sweep.data:
+        drawn = {}
+        for run in runs_of(sweep, out, only, seeds):
+            if run.data == data and run.row.name not in drawn and (points := curve(read_run(run.folder / "log"), "ndcg@10", "valid")):
+                drawn[run.row.name] = points
+        charts += [lines(f"{data}: validation NDCG@10", dict(itertools.islice(drawn.items(), start, start + 6)), marks=True)
+                   for start in range(0, len(drawn), 6)]  # fmt: skip
+    return page("Learning curves", out.name, time.strftime("%Y-%m-%d"), [("Curves", section("Curves", *charts))])
+
+
+def write_rows(sweep: Sweep, path: Path) -> None:
+    """configs/experiments/<sweep>-<row>.yaml: a file a row, with command, commit, machine and date in its header."""
+    machine, plain = environment(), Config().to_dict()
+    target = ROOT / "configs" / "experiments"
+    target.mkdir(exist_ok=True)
+    for row in sweep.rows:
+        file = target / f"{path.stem}-{re.sub(r'[^0-9a-zA-Z.=-]+', '_', row.name)}.yaml"
+        place = f"{machine['cpu']}, {machine['cpus']} cores, torch {machine['torch']}"
+        header = [f"# Row {row.name!r} of {path.name}.", f"#   python main.py --config configs/experiments/{file.name} --data_path FOLDER",
+                  f"# Commit {machine['commit']}, {time.strftime('%Y-%m-%d')}, {place}. Seeds {sweep.seeds}."]  # fmt: skip
+        config = settings_of(sweep, row)
+        changed = {
+            group: {key: value for key, value in values.items() if value != plain[group][key]} for group, values in config.to_dict().items()
+        }
+        text = yaml.safe_dump({group: values for group, values in changed.items() if values}, sort_keys=False)
+        write_text_atomic(file, "\n".join(header) + "\n" + text)
+        print(f"written: {file}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("sweep", type=Path)
+    add("--out", type=Path, required=True, help="where runs, table.md, table.json and curves.html go")
+    add("--data", nargs="+", default=[], metavar="NAME=FOLDER", help="a folder that is there, in place of the sweep's command")
+    add("--only", nargs="+", default=[], metavar="ROW")
+    add("--seeds", nargs="+", type=int, default=[])
+    add("--table_only", action="store_true")
+    add("--write_rows", action="store_true")
+    add("--debug", action="store_true")
+    options = parser.parse_args()
+    sweep = read_sweep(options.sweep)
+    given = dict(pair.split("=", 1) for pair in options.data if "=" in pair)
+    for name, known in ((n, sweep.data) for n in given):
+        if name not in known:
+            raise UserError(f"--data {name}: no such data set; the sweep has {', '.join(known)}.")
+    if unknown := [name for name in options.only if name not in {row.name for row in sweep.rows}]:
+        raise UserError(f"--only {unknown[0]}: no such row; the sweep has {', '.join(row.name for row in sweep.rows)}.")
+    for row in sweep.rows:
+        settings_of(sweep, row)  # all mistakes before the first run
+    if options.write_rows:
+        write_rows(sweep, options.sweep)
+        return 0
+    if not options.table_only:
+        for run in runs_of(sweep, options.out, options.only, options.seeds):
+            train(sweep, run, folder_of(sweep, run.data, given, options.out))
+    return finish(sweep, options, given)
+
+
+def finish(sweep: Sweep, options: argparse.Namespace, given: dict[str, str]) -> int:
+    """Write and show the table; after a search, test the row that validation chose."""
+    text, content = table_of(sweep, options.out, options.only, options.seeds)
+    if sweep.is_search and content and not options.table_only:
+        for data in sweep.data:
+            best = max((entry for entry in content if entry["data"] == data), key=lambda entry: entry[CHOSEN_BY])
+            row = next(row for row in sweep.rows if row.name == best["row"])
+            chosen = Row(f"chosen: {row.name}", row.settings | {"test": True})
+            tested = Sweep({data: sweep.data[data]}, sweep.base, sweep.seeds, [chosen], False)
+            for run in runs_of(tested, options.out, [], options.seeds):
+                train(tested, run, folder_of(sweep, data, given, options.out))
+            more, entries = table_of(tested, options.out, [], options.seeds)
+            text, content = text + "\nThe one with the best validation NDCG@10, on the test split:\n\n" + more, content + entries
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(options.out / "table.md", text + "\n")
+    write_text_atomic(options.out / "table.json", json.dumps(content, indent=1))
+    write_text_atomic(options.out / "curves.html", picture_of(sweep, options.out, options.only, options.seeds))
+    print(text)
+    return 0
+
+
+def folder_of(sweep: Sweep, data: str, given: dict[str, str], out: Path) -> Path:
+    """The data set's folder: the given one, or made by the sweep's command, once."""
+    if data in given:
+        return Path(given[data]).resolve()
+    folder = (out / "data" / data).resolve()
+    if not sweep.data[data]:
+        raise UserError(f"data set {data}: expected its folder as --data {data}=FOLDER.")
+    if not folder.is_dir():
+        command = sweep.data[data].format(folder=folder)
+        print(command, flush=True)
+        if subprocess.call([sys.executable, *shlex.split(command)[1:]], cwd=ROOT):
+            raise UserError(f"data set {data}: its command failed: {command}")
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main, debug="--debug" in sys.argv))

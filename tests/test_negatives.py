@@ -1,0 +1,147 @@
+"""negatives.py by hand and against brute force; the log_q of every mixture of draws against how often items really are candidates."""
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import SMALL, final_state, fit_until_signal, make_trainer
+from tiny import tiny_store
+
+from config import Config, with_values
+from dataset import BatchBuilder, make_splits
+from negatives import MemoryBank, StreamingFrequency, popularity_probability
+from training_loss import TrainingLoss, _seen_by_user, negative_sampling
+
+CPU = torch.device("cpu")
+
+
+def test_popularity_by_hand():
+    found = popularity_probability(np.array([9, 0, 1, 4]), 0.5)
+    assert found.tolist() == pytest.approx([0, 0, 1 / 3, 2 / 3])
+
+
+def test_streaming_frequency_by_hand():
+    found = StreamingFrequency(5, 0.5, CPU)
+    for items in ([1, 2], [2], [2, 3], [1]):
+        found.update(torch.tensor(items))
+    assert found.gap[1:4].tolist() == [3.0, 1.0, 0.0] and found.last[1:4].tolist() == [4, 3, 3]
+    found.update(torch.tensor([2]))
+    assert found.gap[2] == 1.0 + 0.5 * (2 - 1.0)
+    draws = found.expected_draws(torch.tensor([1, 2, 3, 4]))
+    assert (1 - torch.exp(-draws)).tolist() == pytest.approx([1 / 3, 1 / 1.5, 1 / 5, 1 / 5], rel=1e-5)
+
+
+def test_streaming_frequency_finds_the_true_one():
+    random = np.random.default_rng(0)
+    chance = np.array([0.0, 0.9, 0.5, 0.2, 0.05])
+    found = StreamingFrequency(4, 0.01, CPU)
+    for _ in range(8000):
+        found.update(torch.from_numpy((random.random(5) < chance).nonzero()[0]))
+    inclusion = 1 - torch.exp(-found.expected_draws(torch.arange(1, 5)))
+    assert inclusion.tolist() == pytest.approx(chance[1:].tolist(), rel=0.25)
+
+
+def test_bank_against_a_list():
+    """The newest 6 vectors of different items, whatever comes."""
+    random = np.random.default_rng(1)
+    bank, held = MemoryBank(6, 2, 12, CPU), {}  # item -> its vector, oldest first
+    for step in range(200):
+        items = torch.from_numpy(random.choice(np.arange(1, 13), random.integers(1, 5), replace=False))
+        vectors = torch.full((len(items), 2), float(step))
+        place = bank.next
+        bank.update(items, vectors)
+        for item in items.tolist():
+            held.pop(item, None)
+            held[item] = float(step)
+        assert bank.next == (place + len(items)) % 6
+        known = set(bank.items[bank.items > 0].tolist())
+        assert set(items.tolist()) <= known <= set(held) and len(known) == int((bank.items > 0).sum())
+        own = torch.tensor(sorted(known)[:2] + [0])
+        others, their = bank.others(own)
+        assert set(others.tolist()) == known - set(own.tolist())
+        assert their[:, 0].tolist() == [held[item] for item in others.tolist()]
+    assert not bank.others(torch.arange(13))[0].numel()
+
+
+def test_bank_takes_the_newest_of_too_many_and_knows_its_age():
+    bank = MemoryBank(3, 1, 9, CPU)
+    bank.update(torch.arange(1, 6), torch.arange(1.0, 6.0)[:, None])
+    assert sorted(bank.items.tolist()) == [3, 4, 5] and bank.num_batches == 1
+    bank = MemoryBank(4, 1, 9, CPU)
+    for items in ([1, 2], [3, 4], [5, 6]):
+        bank.update(torch.tensor(items), torch.zeros(2, 1))
+    assert bank.num_batches == 2
+
+
+@pytest.mark.parametrize("settings", [
+    {"in_batch_negatives": False, "num_negatives": 3, "popularity_negatives": 5},
+    {"in_batch_negatives": False, "num_negatives": 1, "popularity_negatives": 4, "popularity_power": 1.0},
+    {"num_negatives": 2, "popularity_negatives": 3, "max_in_batch": 6},
+    {"num_negatives": 4, "max_in_batch": 8, "logq_source": "streaming", "logq_rate": 0.01},
+], ids=str)  # fmt: skip
+def test_log_q_is_how_often_an_item_is_a_candidate(settings):
+    store = tiny_store(num_users=60, num_items=20, max_events=12)
+    config = with_values(Config(), **SMALL | settings)
+    train = make_splits(store, protocol="leave_one_out", holdout_fraction=0.3, target="last", seed=1).train
+    loss = TrainingLoss(config, store, train, CPU)
+    counts = np.bincount(np.concatenate([store.item_ids[b:e] for b, e in zip(train.begin, train.end)]), minlength=store.num_items + 1)
+    builder = BatchBuilder(store, train, 8, 1, negative_sampling(config, lambda: counts))
+    random, found, tokens, steps = np.random.default_rng(0), np.zeros(store.num_items + 1), 0, 1500
+    for step in range(steps):
+        batch = builder.training(random.choice(train.num_samples, 8, replace=False), 0, step)
+        found[batch.unique_ids[batch.candidate_index]] += 1
+        tokens += len(batch.target_index)
+        if loss.frequency is not None:
+            loss.frequency.update(batch.unique_ids[batch.target_index.unique()])
+    expected = loss._log_q(torch.arange(store.num_items + 1), tokens // steps).exp().numpy()
+    often = expected[1:] > 0.02
+    assert often.sum() > 10
+    np.testing.assert_allclose(found[1:][often] / steps, expected[1:][often], rtol=0.3 if "max_in_batch" in settings else 0.15, atol=0.03)
+
+
+def test_popular_draws_depend_on_the_step_alone_and_come_by_share():
+    store = tiny_store(num_users=30, num_items=20)
+    counts = np.arange(21)
+    config = with_values(
+        Config(), **SMALL | {"in_batch_negatives": False, "num_negatives": 1, "popularity_negatives": 500, "popularity_power": 1.0}
+    )
+    train = make_splits(store, protocol="leave_one_out", holdout_fraction=0.3, target="last", seed=1).train
+    builder = BatchBuilder(store, train, 8, 1, negative_sampling(config, lambda: counts))
+    a, b, c = (builder.training(np.arange(4), 0, step) for step in (3, 3, 4))
+    assert torch.equal(a.candidate_index, b.candidate_index)
+    ids = a.unique_ids[a.candidate_index].tolist()
+    assert 0 not in ids and set(range(5, 21)) <= set(ids) and c is not None
+
+
+def test_seen_by_user_against_a_loop():
+    store = tiny_store(num_users=12, num_items=20)
+    train = make_splits(store, protocol="leave_one_out", holdout_fraction=0.3, target="last", seed=1).train
+    batch = BatchBuilder(store, train, 5, 1).training(np.arange(7), 0, 0)
+    found = _seen_by_user(batch, 1)
+    for user in range(7):
+        mine = batch.owner == user
+        items = set(batch.target_index[mine].tolist()) | set(batch.item_index[mine & (batch.positions > 0)].tolist())
+        assert {item + 1 for item in found.items[found.offsets[user] : found.offsets[user + 1]].tolist()} == items
+    assert torch.equal(found.owner, batch.owner) and (found.items >= 0).all()
+
+
+@pytest.mark.parametrize("settings", [
+    {"memory_bank": 40}, {"logq_source": "streaming"}, {"memory_bank": 25, "logq_source": "streaming", "popularity_negatives": 5},
+    {"learn_temperature": True, "mask_seen_negatives": True, "hard_negatives": 4},
+], ids=str)  # fmt: skip
+def test_a_resumed_run_is_exact_and_learns(tmp_path, settings):
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.fit()
+    first = make_trainer(tmp_path / "first", **settings)
+    fit_until_signal(first, 4)
+    last = max((tmp_path / "first").glob("global_step*"), key=lambda path: int(path.name.split(".")[0].removeprefix("global_step")))
+    again = make_trainer(tmp_path / "first", resume_from=last, **settings)
+    again.fit()
+    a, b = final_state(whole), final_state(again)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    for name, part in whole.loss.state_dict().items():
+        other = again.loss.state_dict()[name]
+        assert all(torch.equal(part[key], other[key]) if torch.is_tensor(part[key]) else part[key] == other[key] for key in part)
+    if settings.get("learn_temperature"):
+        assert (
+            whole.model.temperature().item() != pytest.approx(0.05, abs=1e-6) and whole._temperature() == whole.model.temperature().item()
+        )

@@ -1,0 +1,104 @@
+"""experiments/run.py: a small sweep in child processes, its table by hand, going on after a stop, and the sweep files of the repository."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from errors import UserError
+from report_read import read_run
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import run as sweeps
+
+SWEEP = """
+data: {tiny: "python synthetic.py {folder} --users 120 --items 90 --layout parquet --seed 3"}
+settings: {hidden_units: 8, num_heads: 1, num_blocks: 1, max_steps: 3, tensorboard: false, device: cpu, batch_size: 32, baselines: false,
+           holdout_fraction: 0.6}
+seeds: [1, 2]
+rows:
+  one: {}
+  two: {against: one, learning_rate: 0.1}
+"""
+
+
+def start(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+    return sweeps.main()
+
+
+def test_a_sweep_goes_on_and_its_table_is_right(tmp_path, monkeypatch, capsys):
+    file, out = tmp_path / "small.yaml", tmp_path / "out"
+    file.write_text(SWEEP)
+    assert start(monkeypatch, file, "--out", out, "--seeds", 1) == 0
+    content = json.loads((out / "table.json").read_text())
+    runs = [read_run(out / "tiny" / row / "seed1" / "log") for row in ("one", "two")]
+    for entry, run in zip(content, runs, strict=True):
+        assert entry["ndcg@10"] == pytest.approx(run.metrics["ndcg@10"]) and entry["split"] == "test" and entry["seeds"] == 1
+    assert content[0]["difference"] is None and len(content[1]["difference"]) == 3
+    assert content[1]["difference"][0] == pytest.approx(runs[1].metrics["ndcg@10"] - runs[0].metrics["ndcg@10"], abs=1e-6)
+    assert "| two |" in (out / "table.md").read_text() and "<svg" in (out / "curves.html").read_text()
+    # Nothing is trained again; a run whose status is not finished is resumed.
+    calls = []
+    monkeypatch.setattr(sweeps.subprocess, "call", lambda command, **options: calls.append(command) or 0)
+    assert start(monkeypatch, file, "--out", out, "--seeds", 1) == 0 and not calls
+    status = out / "tiny" / "two" / "seed1" / "log" / "status.json"
+    status.write_text(status.read_text().replace("finished", "interrupted"))
+    assert start(monkeypatch, file, "--out", out, "--seeds", 1) == 0
+    assert len(calls) == 1 and calls[0][-1] == "--resume"
+    file.write_text(SWEEP.replace("0.1}", "0.2}"))  # other settings: the run is made anew
+    start(monkeypatch, file, "--out", out, "--seeds", 1)
+    assert len(calls) == 2 and calls[1][-1] == "--overwrite"
+
+
+def fake_run(folder, seed, ranks, curve):
+    rank = np.array(ranks)
+    ranked = sweeps.Run(folder, [{"split": "valid", "global_step": s, "ndcg@10": v} for s, v in curve], {}, {}, {}, "", {}, [], {}, None)
+    return ranked._replace(ranks=type("R", (), {"user": np.arange(len(rank)), "rank": rank})())
+
+
+def test_interval_and_steps_by_hand(tmp_path):
+    ours = [fake_run(tmp_path, 1, [0] * 50 + [-1] * 50, [(1, 0.1), (2, 0.3)]), fake_run(tmp_path, 2, [0] * 100, [(1, 0.3)])]
+    theirs = [fake_run(tmp_path, 1, [-1] * 100, [(1, 0.05), (2, 0.2)]), fake_run(tmp_path, 2, [-1] * 100, [(1, 0.2)])]
+    mean, low, high = sweeps.interval(ours, theirs)
+    assert mean == pytest.approx(0.75) and 0.4 < low < mean < high <= 1.0
+    assert sweeps.steps_to(ours, theirs) == 2 and sweeps.steps_to(theirs, ours) is None
+    assert sweeps.interval(ours, theirs[:1]) is None
+
+
+def test_a_search_looks_at_validation_only_until_one_is_chosen(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text("data: {d: ''}\nsearch: {learning_rate: [0.1, 0.2], num_blocks: [1, 2]}\n")
+    sweep = sweeps.read_sweep(file)
+    assert sweep.is_search and len(sweep.rows) == 4 and all(row.settings["test"] is False for row in sweep.rows)
+    assert sweep.rows[1].name == "learning_rate=0.1 num_blocks=2"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[1", "cannot be read"), ("rows: {}", "expected data"), ("data: {d: ''}\nrow: {}", "'row'"),
+    ("data: {d: ''}\nrows: {a: {lr_: 1}}", "'lr_'"),
+    ("data: {d: ''}\nrows: {a: {against: b}}", "row a names 'b'"), ("data: {d: ''}\nrows: {}\nsearch: {}", "either rows or search"),
+])  # fmt: skip
+def test_mistakes(tmp_path, text, message):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        sweeps.read_sweep(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "sweeps").glob("*.yaml")), ids=lambda path: path.name)
+def test_sweeps_of_the_repository_are_valid(path):
+    sweep = sweeps.read_sweep(path)
+    for row in sweep.rows:
+        sweeps.settings_of(sweep, row)
+
+
+def test_rows_are_written_as_settings_files(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "small.yaml"
+    file.write_text(SWEEP)
+    monkeypatch.setattr(sweeps, "ROOT", tmp_path)
+    (tmp_path / "configs").mkdir()
+    assert start(monkeypatch, file, "--out", tmp_path, "--write_rows") == 0
+    written = (tmp_path / "configs" / "experiments" / "small-two.yaml").read_text()
+    assert written.startswith("# Row 'two' of small.yaml.") and "learning_rate: 0.1" in written and "Commit" in written
