@@ -6,13 +6,17 @@ Must not know anything of data, models or settings.
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_MISTAKE = 2
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as a shell has it
 
 
 class UserError(ValueError):
@@ -27,6 +31,30 @@ class RunError(RuntimeError):
     """A run that cannot go on: a loss that is not finite, a full disk. Exit status 1."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where `terminable` holds: whoever cleans up after Ctrl-C cleans up after it too. Exit status 143."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within it SIGTERM raises Terminated: Python's default ends the process there and then, and files say it still runs.
+
+    Does nothing outside the main thread, which alone may ask for signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise Terminated("signal 15")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def disk_full(error: OSError, path: object, bytes_needed: int | None = None) -> RunError | None:
     """The RunError for a full disk (or quota, or file size limit); None when `error` is something else."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -38,7 +66,7 @@ def disk_full(error: OSError, path: object, bytes_needed: int | None = None) -> 
 def run_cli(main: Callable[[], int | None], *, debug: bool = False) -> int:
     """Run an entry script's `main`; print a user's mistake without traceback; return the exit status.
 
-    `debug` prints the traceback of every failure. KeyboardInterrupt is 130, as a shell expects.
+    `debug` prints the traceback of every failure. KeyboardInterrupt is 130 and Terminated 143, as a shell expects.
     """
     try:
         return main() or EXIT_DONE
@@ -47,7 +75,8 @@ def run_cli(main: Callable[[], int | None], *, debug: bool = False) -> int:
     except (RunError, MemoryError) as error:
         failure, status, message = error, EXIT_FAILED, str(error) or type(error).__name__
     except KeyboardInterrupt as error:
-        failure, status, message = error, 130, "interrupted"
+        failure, message = error, "interrupted"
+        status = EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
     except OSError as error:
         known = disk_full(error, error.filename or "the disk")
         if known is None and not debug:

@@ -24,7 +24,7 @@ from board import write_start
 from config import Config, warnings_for, with_values
 from dataset import make_splits
 from ensemble import Member, read_ensemble
-from errors import UserError, run_cli
+from errors import UserError, run_cli, terminable
 from estimate import Data, estimate_run
 from evaluate import Ranker
 from features import TableLayout, choose_embeddings
@@ -56,7 +56,8 @@ def main() -> int:
         if options.state_dict_path is None:
             raise UserError("--inference_only evaluates a checkpoint: name it with --state_dict_path.")
         return evaluate_checkpoint(arguments)
-    return train(arguments)
+    with terminable():
+        return train(arguments)
 
 
 def train(arguments: ParsedArguments) -> int:
@@ -76,7 +77,7 @@ def train(arguments: ParsedArguments) -> int:
         overwrite=options.overwrite,
     )
     logger = open_logger(config, run, resume_step=resume_step(run))
-    step = 0
+    step = resume_step(run) or 0
     try:
         banner(logger, arguments, config, run, device)
         trainer = build_trainer(config, run, logger, device)

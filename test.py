@@ -2,6 +2,7 @@
 
 python test.py                        everything but what takes minutes
 python test.py --suite long           what takes minutes
+python test.py --suite reliability    kills, crashes, full disks, hostile files: docs/RELIABILITY.md
 python test.py -k resume -x           pytest's own options
 python test.py -n 0 --pdb             in this process, not on all cores
 """
@@ -21,8 +22,9 @@ from config import KEYS
 ROOT = Path(__file__).resolve().parent
 # name -> (what it runs, pytest options). A new suite is a line here and a marker in pytest.ini.
 SUITES = {
-    "default": ("everything not marked long", ["-m", "not long"]),
+    "default": ("everything not marked long, and the fast part of reliability", ["-m", "not long and (fast or not reliability)"]),
     "long": ("tests marked long", ["-m", "long"]),
+    "reliability": ("tests marked reliability", ["-m", "reliability"]),
     "all": ("everything", []),
 }
 NEEDED = {"pytest": "pytest", "hypothesis": "hypothesis", "xdist": "pytest-xdist"}  # module -> package

@@ -26,7 +26,7 @@ from candidates import read_candidates
 from config import Config
 from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
 from embedding import Touched
-from errors import RunError, UserError
+from errors import RunError, Terminated, UserError
 from evaluate import Ranker, Ranking, move, split_metrics, trained_items, wanted_actions, without_cold
 from experts import take_usage
 from features import FeatureColumns, FeatureInputs, TableLayout, dropped_ids, known_items_digest
@@ -52,6 +52,10 @@ FREE_SETTINGS = frozenset(
 LOWER_IS_BETTER = ("loss",)
 PROGRESS = ("epoch", "batch", "step", "best_value", "best_name", "evaluations_since_best", "evaluated_step", "loss_sum", "loss_count",
             "action_loss_sum")  # fmt: skip
+
+
+class _StoppedError(KeyboardInterrupt):
+    """A signal came during an evaluation, which is left there and then."""
 
 
 def build_model(config: Config, layout: TableLayout, schema, embeddings: tuple[str, ...]) -> Recommender:
@@ -128,6 +132,7 @@ class Trainer:
         self._valid_metrics: dict = {}
         self.loss_sum, self.action_loss_sum, self.loss_count = 0.0, 0.0, 0  # since the last log line
         self.stop_signal = 0
+        self._may_stop_now = False  # a signal ends what is done now; else it waits for the end of the step
         self.ranker_of: Callable[[Ranker], Ranker] | None = None  # of the model's ranker makes the one that evaluates: an ensemble's
         self._shares: list[_Share] = []  # of the update that is being made, a batch each
 
@@ -229,13 +234,18 @@ class Trainer:
             give_freed_memory_back()
 
     def _finish_epoch(self, whole: bool) -> None:
+        trained = self.epoch, self.batch
         if whole:
             self.epoch, self.batch = self.epoch + 1, 0
         ends = self.step >= self.total_steps
         valid_loss = None
         is_best = False
         if ends or self.epoch % self.config.eval.eval_every_epochs == 0:
-            valid_loss, is_best = self._validate()
+            try:
+                valid_loss, is_best = self._validate()
+            except _StoppedError:
+                self.epoch, self.batch = trained  # the evaluation is due when the run goes on
+                return
         if ends or is_best or self._out_of_patience() or self.epoch % self.config.system.save_frequency == 0:
             path = self.save(valid_loss)
             if whole:
@@ -389,7 +399,7 @@ class Trainer:
 
     def _validate(self) -> tuple[float, bool]:
         """Evaluate on the validation split; returns (loss, whether it is the best so far)."""
-        with self.updates.averaged():
+        with self.updates.averaged(), self._stoppable():
             ranking = self.rank(self.splits.valid)
         metrics = self.metrics_of(self.splits.valid, ranking)
         name = self.config.eval.best_metric
@@ -526,13 +536,26 @@ class Trainer:
             self.logger.warn_once(f"settings changed since {path.name}: {', '.join(texts)}. The run goes on with the new ones.")
 
     @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Within it a signal raises _StoppedError: an evaluation may last minutes, and who sends one waits seconds."""
+        if self.stop_signal:
+            raise _StoppedError
+        self._may_stop_now = True
+        try:
+            yield
+        finally:
+            self._may_stop_now = False
+
+    @contextmanager
     def _signals_noted(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the present step, with a checkpoint; a second one ends it at once."""
+        """SIGINT and SIGTERM end the run after the present step, or in an evaluation at once, with a checkpoint; a second one without."""
 
         def note(number: int, _frame: object) -> None:
             if self.stop_signal:
-                raise KeyboardInterrupt
+                raise Terminated(f"signal {number}") if number == signal.SIGTERM else KeyboardInterrupt
             self.stop_signal = number
+            if self._may_stop_now:
+                raise _StoppedError
 
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(number, note) for number in numbers]

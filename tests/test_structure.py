@@ -201,7 +201,7 @@ def test_suite_environment_is_neutral_and_offline():
 def test_suites_pick_tests_and_hand_on_the_status(monkeypatch, capsys):
     script, calls = load("test"), []
     monkeypatch.setattr(script.subprocess, "call", lambda command, **options: calls.append(command) or 5)
-    for arguments, chosen in ((["-k", "x"], "not long"), (["--suite", "long"], "long")):
+    for arguments, chosen in ((["-k", "x"], "not long and (fast or not reliability)"), (["--suite", "long"], "long")):
         monkeypatch.setattr(sys, "argv", ["test.py", *arguments])
         assert script.main() == 5
         assert calls[-1][1:5] == ["-m", "pytest", "-q", "-ra"] and calls[-1][calls[-1].index("--dist") + 2 :][:2] == ["-m", chosen]

@@ -1,0 +1,180 @@
+"""docs/RELIABILITY.md, rows 1, 4 and 12: runs that are killed, interrupted and resumed end as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from reliability_world import Driver, final_files, make_trainer, rounds, samples_of
+from tiny import tiny_store
+
+import checkpoint as checkpoints
+from logger import read_train_log
+from synthetic import generate
+
+pytestmark = pytest.mark.reliability
+# 54 training users, 14 steps an epoch; dropout and prefetching are on.
+SETTINGS = {
+    "model": {"hidden_units": 16, "num_blocks": 1, "num_heads": 2, "max_seq_length": 10, "dropout_rate": 0.3},
+    "training": {"batch_size": 4, "save_every_steps": 25, "keep_last_k": 3},
+    "loss": {"num_negatives": 8}, "data": {"num_workers": 2}, "eval": {"eval_every_epochs": 5, "baselines": False},
+    "system": {"log_every_steps": 10, "num_threads": 1, "tensorboard": False, "save_frequency": 5},
+}  # fmt: skip
+
+
+class Runs:
+    """Runs of the same settings in forks of one process; the undisturbed one is made first."""
+
+    def __init__(self, cwd: Path, steps: int) -> None:
+        self.cwd, self.steps, self.driver = cwd, steps, Driver(cwd)
+        generate(cwd / "data", 60, 80, "jsonl", max_length=10, mean_length=7)
+        (cwd / "small.yaml").write_text(yaml.safe_dump(SETTINGS))
+        self.seconds = self.run("whole")["seconds"]
+        self.seconds = min(self.seconds, self.run("whole2")["seconds"])  # the first one compiled the store
+        self.whole = final_files(cwd / "whole/ckpt"), samples_of(cwd / "whole/samples")
+        assert len(self.whole[1]) == steps
+
+    def run(self, name: str, *flags: object, **how: object) -> dict:
+        (self.cwd / name).mkdir(exist_ok=True)
+        places = ["--log_path", f"{name}/log", "--checkpoint_path", f"{name}/ckpt", "--tensorboard_path", f"{name}/tb"]
+        command = ["--config", "small.yaml", "--data_path", "data", "--max_steps", self.steps, *places, *flags]
+        return self.driver.run(command, console=f"{name}/console", samples=f"{name}/samples", **how)
+
+    def status(self, name: str) -> dict:
+        return json.loads((self.cwd / name / "log/status.json").read_text())
+
+    def went_on_exactly(self, name: str) -> None:
+        """Resume until the run is finished, and compare it with the undisturbed one."""
+        done = self.run(name, "--resume")
+        text = (self.cwd / name / "console").read_text()
+        assert done["status"] == 0 and "Traceback" not in text, text[-2000:]
+        assert self.status(name)["state"] == "finished"
+        assert final_files(self.cwd / name / "ckpt") == self.whole[0]
+        assert samples_of(self.cwd / name / "samples") == self.whole[1]
+        logs = [read_train_log(self.cwd / n / "log/train.log") for n in (name, "whole")]
+        losses = [{r["global_step"]: r["loss"] for r in log if "loss" in r} for log in logs]
+        assert losses[0] == losses[1]
+
+
+class Case(NamedTuple):
+    count: int
+    runs: Runs
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    made: dict[int, Runs] = {}
+
+    def of(steps: int) -> Runs:
+        if steps not in made:
+            made[steps] = Runs(tmp_path_factory.mktemp(f"runs{steps}"), steps)
+        return made[steps]
+
+    yield of
+    for runs in made.values():
+        runs.driver.close()
+
+
+@pytest.mark.parametrize("count", rounds(50, 2))
+def test_kill_9_at_random_moments(worlds, count):
+    """Row 1: a fifth of the kills inside a save, at a random write, fsync or rename of it."""
+    runs, chance = worlds(600 if count > 5 else 60), random.Random(1)
+    killed = 0
+    for number in range(count):
+        name = f"killed{number}"
+        if number % 5 == 0:
+            how = {"in_save": chance.randrange(2, 600 if count > 5 else 120)}
+        else:
+            how = {"after": chance.uniform(0.0, runs.seconds)}
+        done = runs.run(name, signal=int(signal.SIGKILL), **how)
+        killed += done["status"] == -signal.SIGKILL
+        runs.went_on_exactly(name)
+    assert killed >= 0.7 * count, f"only {killed} of {count} runs were killed before they ended"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("count", rounds(20, 1))
+def test_signals_at_random_moments(worlds, number, count):
+    """Row 12: at any moment from the first step to the last byte of the report."""
+    runs, chance = worlds(600 if count > 5 else 60), random.Random(int(number))
+    interrupted = 0
+    for turn in range(count):
+        name = f"signal{number}-{turn}"
+        done = runs.run(name, signal=int(number), after=chance.uniform(0.0, 1.0) * runs.seconds)
+        if done["exit_seconds"] is None:
+            continue  # it was done before
+        assert done["exit_seconds"] < 10
+        if done["status"] == 0:
+            continue  # the signal came behind the last line
+        interrupted += 1
+        assert done["status"] == 128 + number, (done, (runs.cwd / name / "console").read_text()[-2000:])
+        status = runs.status(name)
+        assert status["state"] == "interrupted"
+        runs.went_on_exactly(name)
+    assert interrupted >= 0.5 * count
+
+
+class TestAnotherNumberOfWorkers:
+    """Row 4."""
+
+    @pytest.mark.parametrize("count", rounds(20, 5))
+    def test_no_id_is_repeated_or_lost(self, tmp_path, count):
+        store, chance = tiny_store(num_users=60, num_items=30, max_events=8), random.Random(4)
+        settings = {"batch_size": 3, "num_epochs": 1}
+
+        def seen_by(folder: Path, workers: int, resume_from: Path | None, stop: int | None) -> list:
+            trainer = make_trainer(folder, resume_from, store, num_workers=workers, **settings)
+            users, accumulate = [], trainer._accumulate
+
+            def note(batch, features):
+                users.append(batch.users.tolist())
+                accumulate(batch, features)
+                if stop is not None and trainer.step + 1 == stop:
+                    trainer.stop_signal = signal.SIGTERM
+
+            trainer._accumulate = note
+            trainer.fit()
+            return users
+
+        whole = seen_by(tmp_path / "whole", 0, None, None)
+        assert len(whole) == 20 and sorted(user for batch in whole for user in batch) == list(range(60))
+        for turn in range(count):
+            first, second = sorted(chance.sample(range(1, 20), 2))
+            workers, folder = chance.sample([0, 1, 2, 3], 3), tmp_path / f"r{turn}"
+            users = seen_by(folder, workers[0], None, first)
+            users += seen_by(folder, workers[1], checkpoints.newest_valid(folder), second)
+            users += seen_by(folder, workers[2], checkpoints.newest_valid(folder), None)
+            assert users == whole, (first, second, workers)
+            assert final_files(folder) == final_files(tmp_path / "whole")
+
+
+@pytest.mark.fast
+def test_a_signal_in_a_long_evaluation_does_not_wait_for_its_end(tmp_path, monkeypatch):
+    """Row 12: an evaluation may take minutes. What was cut short is due again when the run goes on, and nothing else changes."""
+    import os
+
+    import trainer as trainer_module
+
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit()
+    stopped = make_trainer(tmp_path / "stopped")
+    rank, calls = trainer_module.Ranker.rank, []
+
+    def slow(self, *args, **more):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rank(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.Ranker, "rank", slow)
+        stopped.fit()
+    assert stopped.stop_signal == signal.SIGTERM and stopped.evaluated_step == -1 and stopped.step == 5
+    resumed = make_trainer(tmp_path / "stopped", resume_from=checkpoints.newest_valid(tmp_path / "stopped"))
+    resumed.fit()
+    assert final_files(tmp_path / "stopped") == final_files(tmp_path / "whole")
