@@ -22,7 +22,8 @@ CHAIN = (
     "layers attention_bias experts backbones time_features actions losses negatives training_loss metrics muon optim averaging updates "
     "model retrieval baselines evaluate checkpoint ensemble ranks slices report_samples report_data logger runs report_html charts "
     "report_read report_compare report_users report_sections run_list report board trainer final_test sizes footprint machine estimate "
-    "reference benchmark_process benchmark_parts benchmark_child planted planted_features synthetic_files"
+    "doctor_findings doctor_machine doctor_data doctor dry_run reference benchmark_process benchmark_parts benchmark_child planted "
+    "planted_features synthetic_files"
 ).split()
 # Scripts that people start and nothing imports.
 ENTRY = "main infer combine convert synthetic benchmark simple_test simple_demo test".split()
