@@ -5,7 +5,6 @@ Needs the checkpoint folder and EVAL_DATA_PATH, nothing else: no config.yaml, no
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ import torch
 from candidates import normalise_id
 from dataset import predict_split
 from ensemble import ENSEMBLE, Ensemble, read_ensemble
-from errors import UserError, run_cli
+from errors import ArgumentParser, UserError, run_cli
 from evaluate import Ranker, Ranking, wanted_actions, without_cold
 from features import FeatureColumns, known_items_digest
 from schema import ACTION_NAMES, NUM_ACTION_TYPES, Schema
@@ -184,7 +183,7 @@ def _write_matrix(path: Path, matrix: np.ndarray) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="", help="result.json to write; default: EVAL_RESULT_PATH/result.json, or ./result.json")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args()
