@@ -138,9 +138,11 @@ def _check_fit(store, meta: dict, schema: Schema, checkpoint_path: Path, data_pa
             "Give the data of the same data set."
         )
     if not len(store.candidate_item_ids):
-        raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank.")
+        raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank. Add them to EVAL_DATA_PATH.")
     if store.schema.features != schema.features:
-        raise UserError(f"{data_path}: its schema differs from the one the checkpoint {checkpoint_path} was trained with.")
+        raise UserError(
+            f"{data_path}: its schema differs from the one the checkpoint {checkpoint_path} was trained with.\nGive the schema.json of the training data."
+        )
 
 
 def creative_ids(store, item_ids: np.ndarray) -> list[list[int | str]]:

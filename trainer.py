@@ -78,7 +78,7 @@ def candidate_ids(config: Config, store) -> tuple[np.ndarray, int]:
     if not (ids > 0).any():
         raise UserError(
             f"eval.candidates {config.eval.candidates}: none of its {len(ids):,} creative ids is in the data's indexer.\n"
-            "Is it another data set's?"
+            "Give the candidates of this data set, or all."
         )
     return np.unique(ids[ids > 0]), int((ids == 0).sum())
 
