@@ -141,7 +141,8 @@ def _check_fit(store, meta: dict, schema: Schema, checkpoint_path: Path, data_pa
         raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank. Add them to EVAL_DATA_PATH.")
     if store.schema.features != schema.features:
         raise UserError(
-            f"{data_path}: its schema differs from the one the checkpoint {checkpoint_path} was trained with.\nGive the schema.json of the training data."
+            f"{data_path}: its schema differs from the one the checkpoint {checkpoint_path} was trained with.\n"
+            "Give the schema.json of the training data."
         )
 
 
