@@ -100,6 +100,8 @@ class ModelConfig(_Group):
     similarity: str = setting("cosine", "Score of an item for a user.", choices=("cosine", "dot"))
     init_std: float = setting(0.02, "Standard deviation of the initial embeddings.", above=0)
     id_init: str = setting("normal", "Initial vectors of item ids and all hash tables: as the others, or zero.", choices=("normal", "zero"))
+    event_dropout: float = setting(0.0, "Share of the events of a history whose items the sequence encoder is not shown in training; their"
+                                   " times and actions it is.", minimum=0, below=1)  # fmt: skip
     id_dropout: float = setting(0.0, "Share of a training batch's items whose ids are left out for one learnt vector, which items without"
                                 " training events get for good; 0 = off.", unit="probability", minimum=0, below=1)  # fmt: skip
 

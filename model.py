@@ -181,6 +181,9 @@ class Recommender(nn.Module):
         # Token n stands for unique item item_index[n], or for the user owner[n]: one gather from both.
         source = torch.where(batch.positions == 0, batch.owner + history.shape[0], batch.item_index)
         x = gather_tokens(history, user, source)  # (N, D)
+        if self.training and self.config.event_dropout:
+            hidden = torch.rand(x.shape[0], device=x.device) < self.config.event_dropout
+            x = x * (~hidden | (batch.positions == 0))[:, None]
         actions = self._wanted_actions(batch, wanted)
         if x.is_cuda or not torch.is_grad_enabled():
             return self._parts_of(self._encode_tokens(x, batch.action_types, batch.timestamps, Packing.from_batch(batch), actions))

@@ -162,6 +162,7 @@ CASES = {
     "similarity": Case("dot", losses),
     "init_std": Case(0.5, losses),
     "id_init": Case("zero", losses),
+    "event_dropout": Case(0.5, losses),
     "id_dropout": Case(0.5, losses),
     "batch_size": Case(27, lambda seen: len(losses(seen)), (8, 4)),
     "num_epochs": Case(3, lambda seen: (len(losses(seen)), evaluations(seen)), ((8, 2), (12, 3))),
