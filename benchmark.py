@@ -19,14 +19,14 @@ from pathlib import Path
 from types import FrameType
 
 from benchmark_parts import PARTS, QUICK, Benchmark, Sizes
-from errors import UserError, run_cli
+from errors import ArgumentParser, UserError, run_cli
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "baseline.yaml"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The flags of `arguments`, or of the command line."""
-    parser = argparse.ArgumentParser(description="Ours against the organisers' baseline and faiss.",
+    parser = ArgumentParser(description="Ours against the organisers' baseline and faiss.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     sizes = Sizes()
     add = parser.add_argument
@@ -231,5 +231,4 @@ def _child(order: str) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         sys.exit(run_cli(lambda: _child(sys.argv[2])))
-    parsed = parse(None)
-    sys.exit(run_cli(lambda: main(parsed), debug=parsed.debug))
+    sys.exit(run_cli(lambda: main(parse(None)), debug="--debug" in sys.argv))

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 from ensemble import SCORES, average_checkpoints, write_ensemble
-from errors import UserError, run_cli
+from errors import ArgumentParser, UserError, run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("average", "ensemble"))
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     parser.add_argument("checkpoints", metavar="CHECKPOINT", type=Path, nargs="+", help="a folder, its model.pt or a link to it")

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from converters import amazon, movielens, recbole, s3rec
 from converters.raw import RawColumn, RawEvents, RawId, RawSet, RawTable
-from errors import UserError, disk_full, run_cli
+from errors import ArgumentParser, UserError, disk_full, run_cli
 from schema import EXPOSURE, Feature, Schema
 
 RECIPES: dict[str, Callable[[Path], RawSet]] = {
@@ -387,7 +387,7 @@ def convert(kind: str, source: Path, out: Path, options: Options = Options(), lo
     return schema
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     def count(text: str) -> int:
         if not text.isdigit():
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
@@ -398,7 +398,7 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError("expected 1 bucket or more")
         return count(text)
 
-    parser = argparse.ArgumentParser(prog="convert.py", description="Turn a public data set into a data folder (parquet + schema.json).")
+    parser = ArgumentParser(prog="convert.py", description="Turn a public data set into a data folder (parquet + schema.json).")
     parser.add_argument("format", choices=sorted(RECIPES), help="format of the source")
     parser.add_argument("source", metavar="SOURCE", type=Path,
                         help="s3rec: the .txt; movielens: the folder; amazon: the review file; recbole: the set's folder")  # fmt: skip
@@ -416,13 +416,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    args = _parser().parse_args(argv)
-    options = Options(args.min_rating, args.k_core, args.repeats, args.float_buckets, args.overwrite)
+    argv = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
-        convert(args.format, args.source, args.out, options)
+        args = _parser().parse_args(argv)
+        convert(args.format, args.source, args.out, Options(args.min_rating, args.k_core, args.repeats, args.float_buckets, args.overwrite))
 
-    return run_cli(run, debug=args.debug)
+    return run_cli(run, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

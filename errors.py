@@ -5,6 +5,7 @@ Must not know anything of data, models or settings.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import signal
 import sys
@@ -12,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -29,6 +31,16 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on: a loss that is not finite, a full disk. Exit status 1."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, for scripts with flags of their own: a mistake is a UserError, and no flag is guessed from its beginning."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}.\n`python {self.prog} --help` lists all arguments.")
 
 
 class Terminated(KeyboardInterrupt):

@@ -9,7 +9,6 @@ python infer.py --stdin --state_dict_path X       users given as JSON lines -> a
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -21,7 +20,7 @@ import torch
 
 from dataset import predict_split
 from ensemble import ENSEMBLE, Ensemble, read_ensemble
-from errors import UserError, run_cli
+from errors import ArgumentParser, UserError, run_cli
 from evaluate import Ranker, Ranking, wanted_actions
 from schema import ACTION_NAMES, NUM_ACTION_TYPES
 from serve import Answerer, Served, creative_ids, open_served, serve_lines
@@ -194,7 +193,7 @@ def check_flags(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="", help="result.json to write; default: EVAL_RESULT_PATH/result.json, or ./result.json")
     parser.add_argument(
         "--export", metavar="OUT", default="", help="write the model to the new folder OUT, for use without this repository"

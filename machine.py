@@ -5,7 +5,9 @@ Must not know of settings or models.
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +38,18 @@ def read_machine(folder: Path, device: torch.device, root: Path = Path("/")) -> 
         if room + own < memory:
             memory, limit = room + own, f"limit of the control group, {path}"
     cuda = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return Machine(memory, limit, cuda, shutil.disk_usage(there).free, folder)
+    return Machine(memory, limit, cuda, shutil.disk_usage(nearest_folder(folder)).free, folder)
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path, where it exists, else the nearest one above it: which disk it will lie on, and whether it can be made."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def scratch_near(path: Path) -> Path:
+    """A new folder for files that the caller removes, on the disk of `path` where that can be written, else the system's."""
+    there = nearest_folder(path)
+    return Path(tempfile.mkdtemp(prefix="scratch-", dir=there if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else None))
 
 
 def _fields(path: Path) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 python main.py                                    train with config.yaml, on demo data where no data is given
 python main.py --batch_size 64 --lr 0.0005        settings by flag (--help lists them)
+python main.py --doctor                           what is wrong with data, paths, settings or machine, and what to do
+python main.py --dry_run                          everything up to one update and one batch of the evaluation; keeps no file
 python main.py --estimate                         how much memory and disk that takes, and whether it fits
 python main.py --resume                           go on with the newest unfinished run
 python main.py --inference_only --state_dict_path checkpoints/RUN/best_model.pt
@@ -23,6 +25,10 @@ import checkpoint as checkpoints
 from board import write_start
 from config import Config, warnings_for, with_values
 from dataset import make_splits
+from doctor import as_json, examine, lines
+from doctor_findings import FAIL
+from doctor_machine import check_paths
+from dry_run import try_out
 from ensemble import Member, read_ensemble
 from errors import UserError, run_cli, terminable
 from estimate import Data, estimate_run
@@ -30,11 +36,12 @@ from evaluate import Ranker
 from features import TableLayout, choose_embeddings
 from final_test import run_test, write_test_metrics
 from logger import RunLogger, peak_rss_gib
+from machine import scratch_near
 from report import write_report
 from runs import RunPaths, environment, prepare_eval, prepare_run, restore_status, write_start_files, write_status
 from settings import ParsedArguments, dump_yaml, load_config, print_config, write_config
 from sources import find_source
-from store import Store, has_embedding, open_store
+from store import Store, has_embedding, is_compiled, open_store
 from trainer import Trainer, check_compatible
 
 DEMO_FOLDER = Path("demo_data")
@@ -50,8 +57,15 @@ def main() -> int:
     if options.print_config:
         print(print_config(arguments))
         return 0
+    if options.json and not options.doctor:
+        raise UserError("--json is the form of --doctor's findings: give both.")
+    if options.doctor:
+        return doctor(arguments)
     if options.estimate:
         return estimate(arguments)
+    if options.dry_run:
+        with terminable():
+            return dry_run(arguments)
     if options.inference_only:
         if options.state_dict_path is None:
             raise UserError("--inference_only evaluates a checkpoint: name it with --state_dict_path.")
@@ -119,6 +133,43 @@ def estimate(arguments: ParsedArguments) -> int:
     found = estimate_run(config, lambda: open_data(config, print), choose_device(config))
     print(found.text())
     return 1 if found.lacking() else 0
+
+
+def doctor(arguments: ParsedArguments) -> int:
+    """--doctor: a line a check; status 1 where one fails. Writes nothing but the store (and demo data)."""
+    found = examine(arguments, lambda config, log: open_data(with_demo_data(config), log), choose_device, environ=dict(os.environ))
+    print(as_json(found) if arguments.options.json else "\n".join(lines(found)))
+    return 1 if any(finding.level == FAIL for finding in found) else 0
+
+
+def dry_run(arguments: ParsedArguments) -> int:
+    """--dry_run: settings, store, model, one update, one batch of the evaluation, all files in a folder that is removed."""
+    config, options = arguments.config, arguments.options
+    if options.resume or options.resume_path or options.inference_only:
+        raise UserError("--dry_run tries a new run: leave --resume, --resume_path and --inference_only away.")
+    if wrong := [f"{found.text}; {found.remedy}." for found in check_paths(arguments) if found.level == FAIL]:
+        raise UserError("\n".join(wrong))
+    scratch = scratch_near(Path(config.paths.cache_path))
+    try:
+        config = with_demo_data(config, DEMO_FOLDER if DEMO_FOLDER.exists() else scratch / DEMO_FOLDER)
+        told = {"embeddings": embeddings_of(config), "max_bad_lines": config.data.max_bad_lines}
+        if not is_compiled(config.paths.data_path, config.paths.cache_path, **told):
+            config = with_values(config, cache_path=str(scratch / "cache"))
+        run = RunPaths(scratch / "log", scratch / "events", scratch / "checkpoints", "dry run")
+        run.log_dir.mkdir()
+        logger = open_logger(config, run, tensorboard=False)
+        try:
+            banner(logger, arguments, config, run, choose_device(config))
+            trainer = build_trainer(config, run, logger, choose_device(config))
+            if options.state_dict_path is not None:
+                load_weights(trainer, options.state_dict_path)
+            logger.banner("dry run", try_out(trainer))
+        finally:
+            logger.close()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(f"the dry run went well and left no file. Train with: {same_command()}")
+    return 0
 
 
 def evaluate_checkpoint(arguments: ParsedArguments) -> int:
@@ -230,7 +281,7 @@ def build_trainer(config: Config, run: RunPaths, logger: RunLogger, device: torc
     return trainer
 
 
-def with_demo_data(config: Config) -> Config:
+def with_demo_data(config: Config, folder: Path = DEMO_FOLDER) -> Config:
     """The settings with the demo data's folder where no data was given; it is made on first use. A given path must exist."""
     if config.paths.data_path:
         if not Path(config.paths.data_path).is_dir():
@@ -239,17 +290,17 @@ def with_demo_data(config: Config) -> Config:
                 "(--data_path, TRAIN_DATA_PATH or config.yaml); leave it empty for demo data."
             )
         return config
-    if not DEMO_FOLDER.exists():
+    if not folder.exists():
         from synthetic import generate  # only where demo data must be made
 
-        print(f"no data path given: making demo data in ./{DEMO_FOLDER} ({DEMO['users']:,} users)", flush=True)
-        unfinished = DEMO_FOLDER.with_name(f".{DEMO_FOLDER.name}-{os.getpid()}")
+        print(f"no data path given: making demo data in {folder}/ ({DEMO['users']:,} users)", flush=True)
+        unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
         generate(unfinished, layout="jsonl", **DEMO)
         try:
-            unfinished.rename(DEMO_FOLDER)
+            unfinished.rename(folder)
         except OSError:  # another process was first
             shutil.rmtree(unfinished)
-    return replace(config, paths=replace(config.paths, data_path=str(DEMO_FOLDER)))
+    return replace(config, paths=replace(config.paths, data_path=str(folder)))
 
 
 def choose_device(config: Config) -> torch.device:
@@ -344,7 +395,7 @@ def same_command(*more: str) -> str:
     for word in words:
         if word == "--resume_path":  # what the run went on from is not its newest checkpoint any more
             next(words, None)
-        elif word not in ("--resume", "--overwrite") and not word.startswith("--resume_path="):
+        elif word not in ("--resume", "--overwrite", "--dry_run") and not word.startswith("--resume_path="):
             kept.append(word)
     return shlex.join(["python", "main.py", *kept, *more])
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from errors import UserError, run_cli
+from errors import ArgumentParser, UserError, run_cli
 from logger import peak_rss_gib
 from plain_pickle import load_plain_pickle
 from schema import TENCENT_GR
@@ -465,7 +465,7 @@ def _chunks(values: list, size: int) -> Iterator[list]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The flags of `arguments`, or of the command line."""
-    parser = argparse.ArgumentParser(description="Time the organisers' baseline, built anew.",
+    parser = ArgumentParser(description="Time the organisers' baseline, built anew.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("data", metavar="DATA", help="a folder in layout A (synthetic.py --layout jsonl)")
     parser.add_argument("--steps", type=int, default=20, help="training steps that are timed, after two that are not")
@@ -496,5 +496,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    flags = parse(None)
-    sys.exit(run_cli(lambda: main(flags)))
+    sys.exit(run_cli(lambda: main(parse(None))))

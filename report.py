@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from checkpoint import write_text_atomic
-from errors import UserError, run_cli
+from errors import ArgumentParser, UserError, run_cli
 from logger import format_table
 from report_compare import compare_section
 from report_html import Html, note, page, section, size_text
@@ -79,7 +79,7 @@ def _guarded(title: str, draw: Callable[[], Html]) -> Html:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders; with --list and --prune folders of runs, too")
     parser.add_argument("--list", action="store_true", help="list runs")
     parser.add_argument("--prune", action="store_true", help="show, or with --yes remove, what is neither best nor last")

@@ -81,7 +81,7 @@ def prepare_catalogue(item_emb: Tensor, *, low_precision: bool | None = None) ->
     item_emb = item_emb.detach().to(torch.float32).contiguous()
     num_items, width = item_emb.shape
     if low_precision is None:
-        low_precision = num_items >= 4096 and item_emb.device.type == "cpu" and _bfloat16_is_faster()
+        low_precision = num_items >= 4096 and item_emb.device.type == "cpu" and bfloat16_is_faster()
     low = torch.empty_like(item_emb, dtype=torch.bfloat16) if low_precision else None
     step = (1 << 18) // max(1, width) + 1 if item_emb.device.type == "cpu" else 1 << 20  # 1 MB of float32 stays in cache
     largest = torch.zeros(3, dtype=torch.float64, device=item_emb.device)
@@ -433,7 +433,7 @@ def _row_norms(x: Tensor) -> Tensor:
 
 
 @cache
-def _bfloat16_is_faster() -> bool:
+def bfloat16_is_faster() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware. Asked, not timed: a timing on a busy machine chose wrongly."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch: float32 then
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

@@ -33,6 +33,9 @@ class Options:
                                            " with inference_only also an ensemble's folder.")  # fmt: skip
     inference_only: bool = setting(False, "Evaluate the checkpoint of --state_dict_path on the test split, without training.")
     estimate: bool = setting(False, "Say how much memory and disk the run will take and whether it fits, and stop.")
+    doctor: bool = setting(False, "Look over environment, paths, settings and data, a line a check with the remedy, and stop.")
+    json: bool = setting(False, "With doctor: print JSON.")
+    dry_run: bool = setting(False, "Do everything up to one update and one batch of the evaluation, keep no file, and stop.")
     overwrite: bool = setting(False, "Let a new run write into another run's folder.")
     debug: bool = setting(False, "Show the traceback of any failure.")
     write_config: bool = setting(False, "Write config.yaml (or --config FILE) anew from config.py and the flags given, and stop.")

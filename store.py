@@ -21,7 +21,7 @@ import numpy as np
 
 from columns import EmbeddingColumn, ItemLookup, RaggedColumn, StringColumn
 from errors import UserError, disk_full
-from multimodal import compile_embedding, find_embedding, required_embedding
+from multimodal import EmbeddingSource, compile_embedding, find_embedding, required_embedding
 from schema import Feature, Schema
 from sources import Rejects, Source, find_source
 from store_build import StoreBuilder
@@ -31,7 +31,17 @@ STORE_VERSION = 1  # of the files' form; another one compiles anew
 MANIFEST = "manifest.json"
 KINDS = ("train", "predict")
 
-__all__ = ["EmbeddingColumn", "RaggedColumn", "Rejects", "Store", "StringColumn", "content_hash", "has_embedding", "open_store"]
+__all__ = [
+    "EmbeddingColumn",
+    "RaggedColumn",
+    "Rejects",
+    "Store",
+    "StringColumn",
+    "content_hash",
+    "has_embedding",
+    "is_compiled",
+    "open_store",
+]
 
 
 class Store:
@@ -114,9 +124,7 @@ def open_store(data_path: str | Path, cache_path: str | Path, *, kind: str = "tr
         for i in embeddings
     ]
     cache = _writable(Path(cache_path))
-    fingerprint = digest(
-        [STORE_VERSION, kind, source.layout, source.schema.to_dict(), file_facts(source.files, source.data_path), max_bad_lines]
-    )
+    fingerprint = _fingerprint(source, max_bad_lines)
     path = cache / f"store-{fingerprint}"
     manifest, cache_hit = _read_manifest(path), True
     if manifest is None:
@@ -133,6 +141,31 @@ def open_store(data_path: str | Path, cache_path: str | Path, *, kind: str = "tr
         _add_embedding(store, feature, max_bad_lines, progress=progress, log=log)
         store._map_embedding(feature.id)
     return store
+
+
+def is_compiled(data_path: str | Path, cache_path: str | Path, *, embeddings: Sequence[str] = (), max_bad_lines: int = 0) -> bool:
+    """Whether open_store would find the store of a data folder for training, and these embeddings, in the cache, and write nothing."""
+    source = find_source(Path(data_path), "train")
+    path = Path(cache_path) / f"store-{_fingerprint(source, max_bad_lines)}"
+    if _read_manifest(path) is None:
+        return False
+    found = {i: find_embedding(source.data_path, source.schema[i]) for i in embeddings}
+    return all(
+        vectors is not None
+        and _embedding_is_whole(
+            _embedding_folder(path, i), _embedding_fingerprint(vectors, source.schema[i], source.data_path, max_bad_lines)
+        )
+        for i, vectors in found.items()
+    )
+
+
+def _fingerprint(source: Source, max_bad_lines: int) -> str:
+    facts = file_facts(source.files, source.data_path)
+    return digest([STORE_VERSION, source.kind, source.layout, source.schema.to_dict(), facts, max_bad_lines])
+
+
+def _embedding_fingerprint(source: EmbeddingSource, feature: Feature, data_path: Path, max_bad_lines: int) -> str:
+    return digest([STORE_VERSION, file_facts(source.files, data_path), feature.width, max_bad_lines])
 
 
 def has_embedding(data_path: str | Path, feature: Feature) -> bool:
@@ -276,7 +309,7 @@ def _add_embedding(store: Store, feature: Feature, max_bad_lines: int, *, progre
     """Compile the vectors of one feature into the store's folder, where they are missing or of another source."""
     source = find_embedding(store.data_path, feature)
     facts = file_facts(source.files, store.data_path)
-    fingerprint = digest([STORE_VERSION, facts, feature.width, max_bad_lines])
+    fingerprint = _embedding_fingerprint(source, feature, store.data_path, max_bad_lines)
     folder = _embedding_folder(store.path, feature.id)
     if _embedding_is_whole(folder, fingerprint):
         return

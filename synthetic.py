@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from errors import RunError, UserError, disk_full, run_cli
+from errors import ArgumentParser, RunError, UserError, disk_full, run_cli
 from planted import CHUNK, MIN_WINDOW, USER_MULTI, USER_SINGLE, build_world, ceiling, choose_candidates, chunks, make_cold, sample_users
 from planted_features import VECTOR_INNER, cardinalities, embedding_pieces, item_features
 from schema import TENCENT_GR, Feature
@@ -359,7 +359,7 @@ def _work(order: str) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The flags of `arguments`, or of the command line."""
-    parser = argparse.ArgumentParser(description="Write TencentGR-shaped data with a planted structure.",
+    parser = ArgumentParser(description="Write TencentGR-shaped data with a planted structure.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("out", metavar="OUT", help="folder to write; with --predict also OUT-eval")
     parser.add_argument("--users", type=int, required=True, help="training users")
@@ -378,8 +378,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Write the data that the flags ask for."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the data that the flags (default: the command line) ask for."""
+    args = parse(arguments)
     if args.ceiling and not args.predict:
         raise UserError("--ceiling: it is that of the users to predict; give --predict K too.")
     options = {key: value for key, value in vars(args).items() if key not in ("ceiling", "debug")}
@@ -393,5 +394,4 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         sys.exit(run_cli(lambda: _work(sys.argv[2])))
-    flags = parse(None)
-    sys.exit(run_cli(lambda: main(flags), debug=flags.debug))
+    sys.exit(run_cli(main, debug="--debug" in sys.argv))

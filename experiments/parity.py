@@ -30,7 +30,7 @@ from checkpoint import plain_json, write_text_atomic
 from columns import ragged_places
 from config import Config, with_values
 from dataset import Split, Splits, make_splits
-from errors import UserError, run_cli
+from errors import ArgumentParser, UserError, run_cli
 from evaluate import Ranker
 from features import TableLayout
 from logger import RunLogger, format_table
@@ -246,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The flags of `arguments`, or of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder in layout A")
     parser.add_argument("--out", required=True, help="the record; what it holds already is not made again")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -259,5 +259,4 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    flags = parse(None)
-    sys.exit(run_cli(lambda: main(flags)))
+    sys.exit(run_cli(lambda: main(parse(None))))

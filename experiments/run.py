@@ -41,7 +41,7 @@ import yaml
 from charts import lines
 from checkpoint import write_text_atomic
 from config import KEYS, Config, with_values
-from errors import UserError, run_cli
+from errors import ArgumentParser, UserError, run_cli
 from metrics import paired_bootstrap
 from report_compare import gains, seconds_of
 from report_html import page, section
@@ -247,7 +247,7 @@ def write_rows(sweep: Sweep, path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("sweep", type=Path)
     add("--out", type=Path, required=True, help="where runs, table.md, table.json and curves.html go")

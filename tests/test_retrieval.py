@@ -185,7 +185,7 @@ def test_first_pass_errors_stay_below_their_bound():
 def test_automatic_first_pass_and_raw_matrix():
     small = prepare_catalogue(torch.ones(10, 4))
     assert small.low is None and isinstance(small, Catalogue)
-    assert (prepare_catalogue(torch.ones(5000, 4)).low is not None) == retrieval._bfloat16_is_faster()
+    assert (prepare_catalogue(torch.ones(5000, 4)).low is not None) == retrieval.bfloat16_is_faster()
     query, item_emb = vectors(700, 8, 1), vectors(5000, 8, 2)
     check(query, item_emb, 5)
 

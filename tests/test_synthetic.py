@@ -480,11 +480,11 @@ def test_load_spec_and_ceiling_name_what_is_wrong(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     flags = ["--users", "5", "--items", "100", "--layout", "parquet", "--predict", "4", "--max_length", "4"]
-    synthetic.main(synthetic.parse([str(tmp_path / "d"), *flags, "--ceiling"]))
+    synthetic.main([str(tmp_path / "d"), *flags, "--ceiling"])
     printed = capsys.readouterr().out
     assert "users to predict written" in printed and "ceiling over candidates: hr@10" in printed
     with pytest.raises(UserError, match="--ceiling"):
-        synthetic.main(synthetic.parse([str(tmp_path / "e"), *flags[:6], "--ceiling"]))
+        synthetic.main([str(tmp_path / "e"), *flags[:6], "--ceiling"])
 
 
 def test_pickles_are_plain(folders):

@@ -1,0 +1,258 @@
+"""`main.py --doctor`: each of the planted faults is found, with its remedy; healthy data of both layouts and public sets have none."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_main import run_main
+
+from doctor import as_json, lines, verdict
+from doctor_findings import FAIL, PASS, WARN, Finding
+from synthetic import generate
+
+SETTINGS = ["--holdout_fraction", 0.5, "--batch_size", 32, "--max_seq_length", 30, "--hidden_units", 8, "--num_heads", 1]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("doctor")
+    generate(folder / "A", 420, 500, "jsonl", predict=30, seed=3, max_length=30, mean_length=20)
+    generate(folder / "B", 420, 500, "parquet", seed=3, max_length=30, mean_length=20)
+    return folder
+
+
+def examined(cwd: Path, data: Path, *flags: object, environ: dict | None = None) -> tuple[int, list[Finding]]:
+    result = run_main("--doctor", "--json", "--data_path", data, *SETTINGS, *flags, cwd=cwd, environ=environ)
+    tree = json.loads(result.out)
+    assert tree["status"] == next(level for level in (FAIL, WARN, PASS) if tree["counts"][level])
+    return result.status, [Finding(**row) for row in tree["findings"]]
+
+
+@pytest.mark.parametrize("layout", ["A", "B"])
+def test_healthy_data_pass(healthy, tmp_path, layout):
+    status, found = examined(tmp_path, healthy / layout, "--max_bad_lines", 5)
+    assert status == 0
+    assert [f for f in found if f.level != PASS] == []
+    checks = {f.check for f in found}
+    assert {"env.torch", "paths.data_path", "settings.memory", "data.times", "data.leaks", "data.candidates", "data.embedding 81"} <= checks
+
+
+def test_a_converted_public_set_passes(tmp_path):
+    rng = np.random.default_rng(1)
+    rows = [f"{user} " + " ".join(map(str, rng.choice(60, 8, replace=False) + 1)) for user in range(1, 301)]
+    (tmp_path / "set.txt").write_text("\n".join(rows) + "\n")
+    import convert
+
+    assert run_main("s3rec", "set.txt", "data", cwd=tmp_path, entry=convert).status == 0
+    result = run_main("--doctor", "--data_path", "data", "--protocol", "leave_one_out", cwd=tmp_path)
+    assert result.status == 0
+    assert [line for line in result.out.splitlines() if line.startswith((WARN, FAIL)) and "data." in line] == []
+
+
+# ---- planted faults: (name, what is done to the folder, flags, level, check, words of the text) ---------------------------
+
+
+def sequences(change: Callable[[list], None]) -> Callable[[Path], None]:
+    """Edit all lines of seq.jsonl, parsed; the file of offsets goes."""
+
+    def edit(data: Path) -> None:
+        users = [json.loads(line) for line in (data / "seq.jsonl").read_text().splitlines()]
+        change(users)
+        (data / "seq.jsonl").write_text("".join(json.dumps(user) + "\n" for user in users))
+        (data / "seq_offsets.pkl").unlink(missing_ok=True)
+
+    return edit
+
+
+def events_of(user: list) -> list:
+    return [record for record in user if record[1] is not None]
+
+
+def profile_of(user: list) -> dict:
+    return next(record for record in user if record[1] is None)[2]
+
+
+def every_event(change: Callable[[list], None]) -> Callable[[Path], None]:
+    return sequences(lambda users: [change(record) for user in users for record in events_of(user)])
+
+
+def set_times(new: Callable[[int, int], int]) -> Callable[[Path], None]:
+    """new(place in the user's sequence, time) -> time."""
+
+    def change(users: list) -> None:
+        for user in users:
+            for place, record in enumerate(events_of(user)):
+                record[5] = new(place, record[5])
+
+    return sequences(change)
+
+
+def profiles(value: Callable[[int, list], dict]) -> Callable[[Path], None]:
+    """value(number of the user, its events) -> features put into its profile."""
+
+    def change(users: list) -> None:
+        for number, user in enumerate(users, 1):
+            profile_of(user).update(value(number, events_of(user)))
+
+    return sequences(change)
+
+
+def pickled(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def edit(data: Path) -> None:
+        tree = pickle.loads((data / name).read_bytes())
+        tree = change(tree) or tree
+        (data / name).write_bytes(pickle.dumps(tree))
+
+    return edit
+
+
+def twice(users: list) -> None:
+    for user in users:
+        event = events_of(user)[0]
+        user.insert(user.index(event), list(event))
+
+
+def copies(users: list) -> None:
+    """Users 1 to 40 have the history of users 101 to 140."""
+    for number in range(40):
+        own, profile = users[number][0][0], profile_of(users[number])
+        users[number] = [[own, *record[1:]] for record in users[number + 100] if record[1] is not None]
+        users[number].append([own, None, profile, None, None, users[number][-1][5]])
+
+
+def swapped(users: list) -> None:
+    events = events_of(users[5])
+    events[0][5], events[-1][5] = events[-1][5], events[0][5]
+
+
+def foreign_candidates(data: Path) -> None:
+    rows = [json.dumps({"creative_id": 5_000 + k, "retrieval_id": k, "features": {}}) for k in range(50)]
+    (data / "predict_set.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def cold_candidates(data: Path) -> None:
+    known = next(iter(pickle.loads((data / "indexer.pkl").read_bytes())["i"]))
+    rows = [
+        json.dumps({"creative_id": creative, "retrieval_id": k, "features": {}}) for k, creative in enumerate([known, *range(5000, 5050)])
+    ]
+    (data / "predict_set.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def cut_line(data: Path) -> None:
+    text = (data / "seq.jsonl").read_text().splitlines()
+    text[7] = text[7][: len(text[7]) // 2]
+    (data / "seq.jsonl").write_text("\n".join(text) + "\n")
+
+
+def both_layouts(data: Path) -> None:
+    (data / "seq").mkdir()
+    (data / "seq/part-00000.parquet").write_bytes(b"PAR1")
+
+
+def placeholder(users: list) -> None:
+    for user in users:
+        for record in events_of(user)[::3]:
+            record[1], record[3] = 1, {}
+
+
+def far_item(users: list) -> None:
+    events_of(users[3])[0][1] = 99_999
+
+
+def foreign(rows: dict) -> dict:
+    return {f"x{creative}": vector for creative, vector in rows.items()}
+
+
+def nothing(data: Path) -> None:
+    pass
+
+
+EMBEDDING = "creative_emb/emb_81_32.pkl"
+LATE = int(time.time()) + 400 * 86_400
+FAULTS = [
+    ("a cut line", cut_line, [], FAIL, "data.read", "cut off"),
+    ("the cut line, counted", cut_line, [], WARN, "data.rejected", "1 lines or rows"),
+    ("no sequences", lambda data: (data / "seq.jsonl").unlink(), [], FAIL, "data.read", "seq.jsonl"),
+    ("both layouts", both_layouts, [], FAIL, "data.read", "both"),
+    ("no indexer", lambda data: (data / "indexer.pkl").unlink(), [], FAIL, "data.read", "indexer.pkl"),
+    ("an item out of range", sequences(far_item), [], FAIL, "data.read", "outside 1..500"),
+    ("events out of order", sequences(swapped), [], FAIL, "data.read", "comes before"),
+    ("a user twice", sequences(lambda users: users.append(users[0])), [], FAIL, "data.read", "comes twice"),
+    ("no profile", sequences(lambda users: users[2].remove(next(r for r in users[2] if r[1] is None))), [], FAIL, "data.read", "profile"),
+    ("milliseconds", set_times(lambda place, t: 1000 * t), [], FAIL, "data.times", "milliseconds"),
+    ("positions for times", set_times(lambda place, t: place), [], FAIL, "data.times", "positions"),
+    ("the future", set_times(lambda place, t: LATE + place), [], WARN, "data.times", "future"),
+    ("events twice", sequences(twice), [], WARN, "data.repeated events", "stand twice"),
+    ("copied users", sequences(copies), [], WARN, "data.users alike", "another one's history"),
+    ("a placeholder item", sequences(placeholder), [], WARN, "data.most popular item", "item 1 has"),
+    ("a feature without values", profiles(lambda number, events: {"104": 0}), [], WARN, "data.coverage", "104"),
+    ("an id in disguise", profiles(lambda number, events: {"109": number}), [], WARN, "data.user ids", "109"),
+    ("a leak", profiles(lambda number, events: {"109": events[-1][1]}), [], WARN, "data.leaks", "109 tells the item"),
+    ("values past the indexer", pickled("indexer.pkl", lambda tree: tree["f"].update({"103": {"x": 1}})), [], WARN, "data.indexer", "103"),
+    ("offsets of another file", pickled("seq_offsets.pkl", lambda offsets: [0, 5, 10]), [], WARN, "data.files", "3 offsets"),
+    ("foreign vectors", pickled(EMBEDDING, foreign), [], FAIL, "data.embedding 81", "no item has"),
+    ("few vectors", pickled(EMBEDDING, lambda rows: dict(list(rows.items())[:50])), [], WARN, "data.embedding 81", "only"),
+    ("vectors alike", pickled(EMBEDDING, lambda rows: {k: np.ones(32, np.float32) for k in rows}), [], FAIL, "data.embedding 81", "alike"),
+    ("narrow vectors", pickled(EMBEDDING, lambda rows: {k: v[:16] for k, v in rows.items()}), [], FAIL, "data.read", "16 values"),
+    ("vectors with NaN", pickled(EMBEDDING, lambda rows: {k: np.nan * v for k, v in rows.items()}), [], FAIL, "data.read", "nan"),
+    ("foreign candidates", foreign_candidates, [], FAIL, "data.candidates", "knows 0%"),
+    ("cold candidates", cold_candidates, [], WARN, "data.candidates", "knows 2%"),
+    ("few users to test on", nothing, ["--holdout_fraction", 0.1], WARN, "data.test", "21 users"),
+    ("short windows", nothing, ["--max_seq_length", 3], WARN, "settings.max_seq_length", "newest"),
+    ("an idle option", nothing, ["--muon_momentum", 0.5], WARN, "settings.effect", "no effect"),
+    ("a long warm-up", nothing, ["--warmup_steps", 10_000], WARN, "settings.warmup_steps", "never gets"),
+    ("a batch of everybody", nothing, ["--batch_size", 4096], WARN, "settings.batch_size", "one small step"),
+    ("a table too large", nothing, ["--hidden_units", 2**24], FAIL, "settings.memory", "take"),
+    ("no such device", nothing, ["--device", "cuda:99"], FAIL, "settings.device", "no such CUDA device"),
+    ("half precision on a CPU", nothing, ["--precision", "fp16", "--device", "cpu"], WARN, "settings.precision", "fp16"),
+    ("a log path that is a file", nothing, ["--log_path", "file/log"], FAIL, "paths.log_path", "no folder"),
+    ("a run in the log path", nothing, ["--log_path", "old"], FAIL, "paths.log_path", "holds a run (finished)"),
+    ("too many threads", nothing, ["--num_threads", 500], WARN, "env.threads", "500 threads"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "level", "check", "words"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS]
+)
+def test_planted_faults_are_found(healthy, tmp_path, change, flags, level, check, words):
+    shutil.copytree(healthy / "A", tmp_path / "data", ignore=shutil.ignore_patterns("synthetic.json"))
+    change(tmp_path / "data")
+    (tmp_path / "file").touch()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/status.json").write_text('{"state": "finished", "step": 3}')
+    before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
+    status, found = examined(tmp_path, tmp_path / "data", *flags)
+    matching = [f for f in found if f.level == level and f.check == check and words in f.text]
+    assert matching, "\n".join(line for line in lines(found) if not line.startswith(PASS))
+    assert all(f.remedy or f.check == "data.read" or f.check == "settings.device" for f in found if f.level != PASS)
+    assert all("\n" not in f.text + f.remedy for f in found)
+    assert status == (1 if any(f.level == FAIL for f in found) else 0)
+    # A planted fault is no reason to suspect the machine or anything of another section, but for what follows from it.
+    assert {f.check.split(".")[0] for f in found if f.level != PASS} <= {check.split(".")[0], "data", "settings"}
+    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
+    assert not list((tmp_path / "cache").glob("scratch-*"))
+
+
+def test_a_missing_data_folder_is_said_with_who_set_it(tmp_path):
+    result = run_main("--doctor", cwd=tmp_path, environ={"TRAIN_DATA_PATH": "nowhere"})
+    assert result.status == 1
+    assert "FAIL  paths.data_path" in result.out and "environment TRAIN_DATA_PATH" in result.out
+
+
+def test_json_needs_the_doctor(tmp_path):
+    result = run_main("--json", cwd=tmp_path)
+    assert result.status == 2 and "--doctor" in result.err
+
+
+def test_a_line_a_finding_and_a_verdict():
+    found = [Finding(PASS, "env.a", "good"), Finding(FAIL, "data.bb", "bad", "mend it")]
+    assert list(lines(found)) == ["PASS  env.a    good", "FAIL  data.bb  bad -> mend it", "doctor: 1 PASS, 0 WARN, 1 FAIL"]
+    assert verdict(found).endswith("1 FAIL")
+    assert json.loads(as_json(found))["status"] == FAIL

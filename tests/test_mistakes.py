@@ -1,0 +1,139 @@
+"""Mistakes that users make, at every entry script: status 2, what was found, where and what to do, in at most three lines, no traceback."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_main import run_main
+
+import combine
+import convert
+import infer
+import main
+import report
+import synthetic
+from synthetic import generate
+
+SMALL = ["--hidden_units", 8, "--num_blocks", 1, "--max_seq_length", 10, "--batch_size", 16, "--num_negatives", 8, "--max_steps", 2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, data of another set, and a finished run."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    generate(folder / "data", 60, 80, "jsonl", predict=10, max_length=10, mean_length=7)
+    generate(folder / "other", 60, 90, "jsonl", predict=10, seed=5, max_length=10, mean_length=7)
+    places = ["--log_path", "run", "--checkpoint_path", "ckpt", "--tensorboard_path", "tb"]
+    assert run_main("--data_path", "data", *SMALL, *places, "--no-tensorboard", "--no-baselines", cwd=folder).status == 0
+    return folder
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+    return make
+
+
+def config(text: str) -> Callable[[Path], None]:
+    return write("mine.yaml", text)
+
+
+def hostile_indexer(folder: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    (folder / "bad").mkdir(exist_ok=True)
+    (folder / "bad/seq.jsonl").write_text("[]\n")
+    (folder / "bad/indexer.pkl").write_bytes(pickle.dumps(Evil()))
+
+
+def bad_line(folder: Path) -> None:
+    (folder / "bad").mkdir(exist_ok=True)
+    (folder / "bad/indexer.pkl").write_bytes(pickle.dumps({"u": {"a": 1}, "i": {7: 1}, "f": {}}))
+    (folder / "bad/seq.jsonl").write_text(json.dumps([[1, 5, None, {}, 0, 10], [1, None, {}, None, None, 10]]) + "\n")
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+BAD = ["--data_path", "bad"]
+OK = ["--data_path", "WORLD/data", *SMALL]
+CKPT = ["--state_dict_path", "WORLD/ckpt/best_model.pt"]
+NEW = ["--layout", "jsonl", "--items", 30]
+# (what is wrong, script, flags, environment, what is made first, words of the message). WORLD: the folder of the fixture.
+MISTAKES = [
+    ("a flag with a typo", main, ["--bach_size", 64], {}, nothing, "nearest is --batch_size"),
+    ("a flag without its value", main, ["--batch_size"], {}, nothing, "its value is missing"),
+    ("a word too many", main, ["--batch_size", 64, 65], {}, nothing, "unexpected argument '65'"),
+    ("text for a number", main, ["--batch_size", "many"], {}, nothing, "expected a whole number"),
+    ("a number out of its limits", main, ["--dropout_rate", 1.5], {}, nothing, "below 1"),
+    ("an unknown choice", main, ["--norm", "layer"], {}, nothing, "one of layernorm"),
+    ("two names of one key", main, ["--lr", 0.1, "--learning_rate", 0.2], {}, nothing, "are the same key"),
+    ("a width that heads do not divide", main, ["--hidden_units", 10, "--num_heads", 4], {}, nothing, "num_heads"),
+    ("a variable that is no number", main, [], {"BATCH_SIZE": "big"}, nothing, "environment BATCH_SIZE"),
+    ("a missing settings file", main, ["--config", "nowhere.yaml"], {}, nothing, "nowhere.yaml"),
+    ("a typo in the settings file", main, ["--config", "mine.yaml"], {}, config("model:\n  hiden_units: 8\n"), "mine.yaml:2"),
+    ("a key in another group", main, ["--config", "mine.yaml"], {}, config("loss:\n  batch_size: 8\n"), "training.batch_size"),
+    ("a key twice", main, ["--config", "mine.yaml"], {}, config("model:\n  norm: rmsnorm\n  norm: layernorm\n"), "mine.yaml:3"),
+    ("broken YAML", main, ["--config", "mine.yaml"], {}, config("model: [1, 2\n"), "not readable as YAML"),
+    ("a hostile YAML tag", main, ["--config", "mine.yaml"], {}, config("model: !!python/object/apply:os.system [a]\n"), "mine.yaml"),
+    ("a missing data folder", main, ["--data_path", "nowhere"], {}, nothing, "nowhere: no such folder"),
+    ("an empty data folder", main, BAD, {}, write("bad/README", "x"), "none of seq.jsonl"),
+    ("a data folder without indexer", main, BAD, {}, write("bad/seq.jsonl", "[]\n"), "indexer.pkl: missing"),
+    ("a pickle that runs code", main, BAD, {}, hostile_indexer, "refused"),
+    ("an item the indexer does not know", main, BAD, {}, bad_line, "seq.jsonl:1"),
+    ("an embedding that is not there", main, [*OK, "--mm_emb_id", 82], {}, nothing, "no vectors of 82"),
+    ("an embedding of no schema", main, [*OK, "--mm_emb_id", 99], {}, nothing, "'99' is not an embedding"),
+    ("a GPU that is not there", main, [*OK, "--device", "cuda:99"], {}, nothing, "no such CUDA device"),
+    ("a cache that cannot be written", main, [*OK, "--cache_path", "file/cache"], {}, write("file", ""), "cannot be written"),
+    ("a log path that cannot be made", main, [*OK, "--log_path", "file/log"], {}, write("file", ""), "cannot be made"),
+    ("another run's folder", main, [*OK, "--log_path", "WORLD/run"], {}, nothing, "--overwrite"),
+    ("--overwrite with --resume", main, [*OK, "--overwrite", "--resume"], {}, nothing, "give one of them"),
+    ("a checkpoint that is not there", main, [*OK, "--state_dict_path", "nowhere/model.pt"], {}, nothing, "nowhere/model.pt"),
+    ("an evaluation of nothing", main, [*OK, "--inference_only"], {}, nothing, "--state_dict_path"),
+    ("a checkpoint of other data", main, ["--data_path", "WORLD/other", "--inference_only", *CKPT], {}, nothing, "the data"),
+    ("a flag against the checkpoint", main, [*OK, "--inference_only", *CKPT, "--hidden_units", 16], {}, nothing,
+     "was trained with 8"),
+    ("candidates that are not there", main, [*OK, "--candidates", "nowhere.jsonl"], {}, nothing, "nowhere.jsonl"),
+    ("inference without data", infer, [], {"MODEL_OUTPUT_PATH": "WORLD/ckpt"}, nothing, "EVAL_DATA_PATH"),
+    ("inference without a model", infer, [], {"EVAL_DATA_PATH": "WORLD/data-eval"}, nothing, "MODEL_OUTPUT_PATH"),
+    ("inference on another set", infer, [], {"MODEL_OUTPUT_PATH": "WORLD/ckpt", "EVAL_DATA_PATH": "WORLD/other-eval"},
+     nothing, "indexer.pkl"),
+    ("a conversion of no format", convert, ["csv", "a", "b"], {}, nothing, "csv"),
+    ("a conversion of nothing", convert, ["s3rec", "nowhere.txt", "out"], {}, nothing, "nowhere.txt"),
+    ("synthetic data into a full folder", synthetic, ["WORLD/data", "--users", 10, *NEW], {}, nothing, "WORLD/data"),
+    ("synthetic data of no users", synthetic, ["new", "--users", 0, *NEW], {}, nothing, "users"),
+    ("a report of no run", report, ["nowhere"], {}, nothing, "nowhere"),
+    ("an average of one set and nothing", combine, ["average", "out", "nowhere"], {}, nothing, "nowhere"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "flags", "environ", "make", "words"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
+def test_a_mistake_is_one_clear_message(world, tmp_path, script, flags, environ, make, words):
+    make(tmp_path)
+    here = str(world)
+    flags = [str(flag).replace("WORLD", here) for flag in flags]
+    environ = {name: value.replace("WORLD", here) for name, value in environ.items()} | {"PYTHONWARNINGS": "default"}
+    result = run_main(*flags, cwd=tmp_path, entry=script, environ=environ)
+    message = result.err.strip()
+    assert result.status == 2, result.out + result.err
+    assert words.replace("WORLD", here) in message
+    assert "Traceback" not in message and 1 <= len(message.splitlines()) <= 3
+    assert max(map(len, message.splitlines())) <= 400
+
+
+def test_several_mistakes_are_said_at_once_a_line_each(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model:\n  hiden_units: 8\n  norm: layer\ntraining:\n  batch_size: -1\n")
+    result = run_main("--config", "mine.yaml", "--lr", "fast", "--no-such", cwd=tmp_path)
+    assert result.status == 2
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 5
+    assert all(any(word in line for line in lines) for word in ("mine.yaml:2", "mine.yaml:3", "mine.yaml:5", "--lr", "--no-such"))
