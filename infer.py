@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,7 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def opened(options: argparse.Namespace) -> Served:
+def opened(options: Namespace) -> Served:
     """What --export and --stdin work on: the checkpoint that is named, with EVAL_DATA_PATH, --data_path or its own training data."""
     path = Path(options.state_dict_path)
     if not path.exists():
@@ -165,7 +166,7 @@ def opened(options: argparse.Namespace) -> Served:
     return open_served(ensemble, Path(data_path), kind, Path(cache_path), _device(), log)
 
 
-def answer_lines(options: argparse.Namespace) -> None:
+def answer_lines(options: Namespace) -> None:
     """--stdin: users as JSON lines in, answers as JSON lines out, until the input ends."""
     answerer = Answerer(opened(options))
     print("ready: a user a line, as JSON", file=sys.stderr, flush=True)
@@ -177,7 +178,7 @@ def answer_lines(options: argparse.Namespace) -> None:
     print(f"{lines:,} lines answered, {errors:,} of them by an error", file=sys.stderr, flush=True)
 
 
-def check_flags(options: argparse.Namespace) -> None:
+def check_flags(options: Namespace) -> None:
     """UserError for flags that do not go together."""
     if not (options.export or options.stdin):
         if given := [flag for flag in ("state_dict_path", "data_path") if getattr(options, flag)]:
