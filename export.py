@@ -96,17 +96,18 @@ def export(served: Served, out: Path) -> Path:
         raise UserError(f"{out}: exists and is not an empty folder. Name a new one.")
     member, ranker = served.ensemble.members[0], served.ranker
     model = ranker.model.eval().requires_grad_(False)
+    items = item_tensors(served)
     table, fields = user_table(model, ranker.columns, ranker.device)
-    encoder = UserEncoder(model, table).eval()
+    encoder = UserEncoder(model.cpu(), table.cpu()).eval()  # a graph made on a GPU would ask for one
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f"{TEMPORARY}{out.name}-{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        tensors = {ITEMS: item_tensors(served), ENCODER: dict(encoder.state_dict())}
+        tensors = {ITEMS: items, ENCODER: dict(encoder.state_dict())}
         for name, content in tensors.items():
             save_file({key: value.cpu().contiguous() for key, value in content.items()}, os.fspath(unfinished / name))
-        torch.export.save(program(encoder, table.device), os.fspath(unfinished / PROGRAM))
+        torch.export.save(program(encoder), os.fspath(unfinished / PROGRAM))
         names = [None] + [row[0] if row else None for row in creative_ids(served.store, np.arange(1, served.store.num_items + 1)[:, None])]
         (unfinished / CREATIVES).write_text(json.dumps(names), encoding="utf-8")
         write_text_atomic(unfinished / CARD, json.dumps(card(served, member, fields, tensors, unfinished), indent=1) + "\n")
@@ -173,18 +174,13 @@ def user_table(model: Recommender, columns: FeatureColumns, device: torch.device
     return torch.cat(parts), fields
 
 
-def program(encoder: UserEncoder, device: torch.device) -> torch.export.ExportedProgram:
+def program(encoder: UserEncoder) -> torch.export.ExportedProgram:
     """The encoder as a graph for any number of users, and any number of events up to the model's."""
     users, events, values, width = 3, 2, 2, encoder.config.hidden_units  # sizes of 0 and 1 would be taken for constants
-    arguments = (
-        torch.zeros(users, values, dtype=torch.int64, device=device),
-        torch.zeros(users, values, device=device),
-        torch.zeros(users, events, width, device=device),
-        torch.zeros(users, events, dtype=torch.int64, device=device),
-        torch.zeros(users, events, dtype=torch.int64, device=device),
-        torch.full((users,), events, dtype=torch.int64, device=device),
-        torch.full((users,), ANY_ACTION, dtype=torch.int64, device=device),
-    )
+    whole = torch.zeros(users, events, dtype=torch.int64)
+    features = torch.zeros(users, values, dtype=torch.int64), torch.zeros(users, values)
+    one_each = torch.full((users,), events), torch.full((users,), ANY_ACTION)
+    arguments = (*features, torch.zeros(users, events, width), whole, whole.clone(), *one_each)
     b, s = torch.export.Dim("users", min=1), torch.export.Dim("values", min=1)
     t = torch.export.Dim("events", min=1, max=encoder.config.max_seq_length)
     shapes = ({0: b, 1: s}, {0: b, 1: s}, {0: b, 1: t}, {0: b, 1: t}, {0: b, 1: t}, {0: b}, {0: b})

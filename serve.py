@@ -259,6 +259,8 @@ class Answerer:
         return answer | {"unknown_items": unknown} if unknown else answer
 
     def _place_of(self, user: str | None) -> int | None:
+        if user is None:
+            return None
         if self._users is None:
             names = self.store.raw_user_ids.take(range(self.store.num_users))
             self._users = {name: place for place, name in enumerate(names)}

@@ -145,7 +145,7 @@ def test_the_exported_encoder_is_the_models(settings):
     table, fields = user_table(model, columns, torch.device("cpu"))
     offset = {field["feature"]: field["offset"] for field in fields}
     history = model.encode_items(columns.items(np.arange(21))).history
-    encoder = program(UserEncoder(model, table), table.device).module()
+    encoder = program(UserEncoder(model, table)).module()
     rows, weights = torch.zeros(4, 9, dtype=torch.int64), torch.zeros(4, 9)
     events = torch.zeros(3, 4, 10, dtype=torch.int64)
     for user in range(4):
