@@ -97,8 +97,7 @@ def run(block: Block, folder: Path, environ: dict) -> str:
     return done.stdout
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=[] if p.stem == "metrics" else pytest.mark.long) for p in RECIPES])
 def test_recipe_works(path, tmp_path):
     folder = copy_of_the_repository(tmp_path / "copy")
     small_public_sets(tmp_path / "public")
