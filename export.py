@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from checkpoint import TEMPORARY, plain_json, write_text_atomic
 from columns import RaggedColumn
 from ensemble import Member
-from errors import UserError
+from errors import RunError, UserError
 from dataset import Split
 from evaluate import ITEM_CHUNK, move, wanted_actions
 from features import USER_ID, FeatureColumns
@@ -175,7 +175,7 @@ def user_table(model: Recommender, columns: FeatureColumns, device: torch.device
 
 
 def program(encoder: UserEncoder) -> torch.export.ExportedProgram:
-    """The encoder as a graph for any number of users, and any number of events up to the model's."""
+    """The encoder as a graph for any number of users, and any number of events up to the model's. RunError where torch has none."""
     users, events, values, width = 3, 2, 2, encoder.config.hidden_units  # sizes of 0 and 1 would be taken for constants
     whole = torch.zeros(users, events, dtype=torch.int64)
     features = torch.zeros(users, values, dtype=torch.int64), torch.zeros(users, values)
@@ -184,7 +184,14 @@ def program(encoder: UserEncoder) -> torch.export.ExportedProgram:
     b, s = torch.export.Dim("users", min=1), torch.export.Dim("values", min=1)
     t = torch.export.Dim("events", min=1, max=encoder.config.max_seq_length)
     shapes = ({0: b, 1: s}, {0: b, 1: s}, {0: b, 1: t}, {0: b, 1: t}, {0: b, 1: t}, {0: b}, {0: b})
-    return torch.export.export(encoder, arguments, dynamic_shapes=shapes, strict=False)
+    try:
+        return torch.export.export(encoder, arguments, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # whatever a backbone of one's own makes torch raise
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"model.backbone {encoder.config.backbone}: torch.export cannot make a graph of it for any number of events.\n"
+            f"({type(error).__name__}: {reason})\nServe this model by --stdin or infer()."
+        ) from error
 
 
 INPUTS = (

@@ -19,7 +19,7 @@ from tiny import tiny_store
 
 from dataset import predict_split
 from ensemble import write_ensemble
-from errors import UserError
+from errors import RunError, UserError
 from evaluate import Ranker
 from export import UserEncoder, export, program, user_table
 from schema import ANY_ACTION
@@ -167,6 +167,14 @@ def test_the_exported_encoder_is_the_models(settings):
         alone = encoder(rows[part, :8], weights[part, :8], history[ids[part, :length]], actions[part, :length], times[part, :length],
                         lengths[part], torch.from_numpy(wanted[part]))  # fmt: skip
         torch.testing.assert_close(alone[0], found[user], atol=2e-5, rtol=1e-4)
+
+
+def test_an_encoder_that_torch_cannot_export_is_said(monkeypatch):
+    """A loop over the events, as in nn.GRU, would hold for one number of them only."""
+    _, model, columns = make()
+    monkeypatch.setattr(model.embedding_norm, "forward", lambda x: torch.stack([row for row in x]))
+    with pytest.raises(RunError, match="model.backbone transformer: torch.export cannot make a graph"):
+        program(UserEncoder(model.requires_grad_(False), user_table(model, columns, torch.device("cpu"))[0]))
 
 
 # ---- mistakes ----
