@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import resource
 import shutil
 import sys
@@ -21,13 +20,12 @@ import torch
 from config import KEYS, Config, warnings_for
 from doctor_findings import FAIL, PASS, WARN, Finding, finding
 from estimate import Data, num_checkpoints, size
-from machine import nearest_folder, read_machine
+from machine import nearest_folder, read_machine, torch_warning
 from retrieval import bfloat16_is_faster
 from runs import is_alive, read_status
 from settings import ParsedArguments
 from sizes import table_bytes
 
-OLDEST_TORCH, NEWEST_TORCH = (2, 10), (2, 14)  # as requirements.txt: from ... to below
 PACKAGES = {"numpy": True, "yaml": True, "tensorboard": True, "pyarrow": True, "orjson": True, "tqdm": True, "numba": False}  # needed?
 FEW_BYTES, FEW_FILES = 1 << 30, 256
 STATE = {"adam": 2.0}  # of the joint table, by table_optimizer, in tables; the row-wise ones take 4 bytes a row
@@ -37,15 +35,8 @@ def check_environment(config: Config, environ: Mapping[str, str]) -> Iterator[Fi
     """Versions, threads, GPU, memory, open files."""
     python = platform.python_version()
     yield finding(sys.version_info >= (3, 11), FAIL, "env.python", f"Python {python}", f"Python {python}", "install Python 3.11 or later")
-    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
-    yield finding(
-        OLDEST_TORCH <= version < NEWEST_TORCH,
-        WARN,
-        "env.torch",
-        f"torch {torch.__version__}",
-        f"torch {torch.__version__} is not tested; from {_dotted(OLDEST_TORCH)} to below {_dotted(NEWEST_TORCH)} are",
-        "pip install -r requirements.txt; before 2.10 weights_only has a known hole, so load no checkpoint of a stranger's",
-    )
+    warning = torch_warning()
+    yield finding(not warning, WARN, "env.torch", f"torch {torch.__version__}", warning, "pip install -r requirements.txt")
     missing = {name: needed for name, needed in PACKAGES.items() if importlib.util.find_spec(name) is None}
     for name, needed in missing.items():
         text = f"{name} is not installed" + ("" if needed else ": numpy and torch do its work, several times slower")
@@ -87,10 +78,6 @@ def _threads(config: Config, environ: Mapping[str, str]) -> Iterator[Finding]:
         f"{threads} threads ({who}) on {cores} cores: they wait for each other",
         f"set it to {cores}, as `bash run.sh` does",
     )
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
 
 
 def check_paths(arguments: ParsedArguments) -> Iterator[Finding]:

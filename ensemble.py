@@ -222,7 +222,7 @@ def average_checkpoints(out: Path, paths: Sequence[Path]) -> Path:
     except ValueError as error:
         different.append(str(error))
     if different:
-        raise UserError(f"checkpoints of different models have no mean: {'; '.join(different)}.")
+        raise UserError(f"checkpoints of different models have no mean: {'; '.join(different)}. Combine them as an ensemble.")
     _refuse_used(out)
     latest = max((member.meta for member in members), key=lambda meta: meta["step"])
     meta = latest | {"metrics": {}, "averaged": names}

@@ -189,6 +189,7 @@ class RunLogger:
         self._bar = None
         self._started = time.monotonic()
         self._first: tuple[int, float] | None = None  # (step, seconds) of the first line, for the time left
+        self._paused = self._pauses_ahead = 0.0  # seconds of evaluations, since then and still to come
         self._tensorboard_dir, self._resume_step = tensorboard_dir, resume_step
         self._writer = None
         self._file = None
@@ -281,6 +282,10 @@ class RunLogger:
         text = f"{value - best:+.4f}{relative}"
         return text if value == best else self._paint(text, _GREEN if better else _RED)
 
+    def note_pause(self, seconds: float, ahead: float) -> None:
+        """Training stood still for an evaluation, and `ahead` as long ones are to come: the time left counts them apart from the steps."""
+        self._paused, self._pauses_ahead = self._paused + (seconds if self._first else 0.0), seconds * ahead
+
     def _seconds_left(self, step: int) -> float | None:
         now = time.monotonic()
         if self._first is None:
@@ -288,7 +293,7 @@ class RunLogger:
         steps = step - self._first[0]
         if not self.total_steps or steps <= 0:
             return None
-        return max(self.total_steps - step, 0) * (now - self._first[1]) / steps
+        return max(self.total_steps - step, 0) * (now - self._first[1] - self._paused) / steps + self._pauses_ahead
 
     def _show_bar(self, step: int, text: str) -> None:
         if self._bar is None:

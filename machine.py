@@ -6,6 +6,7 @@ Must not know of settings or models.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ import torch
 from footprint import anonymous_bytes
 
 
+OLDEST_TORCH, NEWEST_TORCH = (2, 10), (2, 14)  # as requirements.txt: from ... to below
+
+
 class Machine(NamedTuple):
     """Bytes that a run may take. limit: what memory is bounded by. cuda: of the device; 0 where the run uses none. folder: on the disk."""
 
@@ -25,6 +29,23 @@ class Machine(NamedTuple):
     cuda: int
     disk: int
     folder: Path
+
+
+def torch_warning(version: str = torch.__version__) -> str:
+    """What to know of a torch outside the versions of requirements.txt, as a platform may have that installs nothing; "" of one within."""
+    found = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if found >= NEWEST_TORCH:
+        return f"torch {version} is newer than those this project is tested with (below {_dotted(NEWEST_TORCH)})."
+    if found < OLDEST_TORCH:
+        return (
+            f"torch {version} is older than {_dotted(OLDEST_TORCH)}: its weights_only has known holes (CVE-2026-24747, before 2.6 "
+            "CVE-2025-32434), so give it no checkpoint of a stranger's."
+        )
+    return ""
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def read_machine(folder: Path, device: torch.device, root: Path = Path("/")) -> Machine:

@@ -36,7 +36,7 @@ from evaluate import Ranker
 from features import TableLayout, choose_embeddings
 from final_test import run_test, write_test_metrics
 from logger import RunLogger, peak_rss_gib
-from machine import scratch_near
+from machine import scratch_near, torch_warning
 from report import write_report
 from runs import RunPaths, environment, prepare_eval, prepare_run, restore_status, write_start_files, write_status
 from settings import ParsedArguments, dump_yaml, load_config, print_config, write_config
@@ -352,7 +352,7 @@ def banner(logger: RunLogger, arguments: ParsedArguments, config: Config, run: R
         rows.append((key, f"{given or chosen[key]}  ({origin})"))
     rows.append(("settings", str(arguments.config_file or "defaults")))
     logger.banner("generative recommender", rows)
-    for warning in warnings_for(config):
+    for warning in [*filter(None, [torch_warning()]), *warnings_for(config)]:
         logger.warn_once(warning)
 
 

@@ -97,7 +97,7 @@ def required_embedding(schema: Schema, feature_id: str, has: Callable[[str], boo
     known = [feature.id for feature in schema.embeddings]
     if feature_id not in known:
         raise UserError(
-            f"multimodal_features: {feature_id!r} is not an embedding of this data's schema; it has {', '.join(known) or 'none'}."
+            f"multimodal_features: {feature_id!r} is not an embedding of this data's schema; give some of {', '.join(known) or 'none'}."
         )
     if not has(feature_id):
         raise UserError(

@@ -55,7 +55,7 @@ def open_served(
     store = open_store(data_path, cache_path, kind=kind, embeddings=embeddings, max_bad_lines=config.data.max_bad_lines, log=log)
     candidates = np.asarray(store.candidate_item_ids) if kind == "predict" else np.arange(1, store.num_items + 1)
     if not len(candidates):
-        raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank.")
+        raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank. Add them to EVAL_DATA_PATH.")
     for member in ensemble.members:
         _check_fit(store, member.meta, member.schema, member.path, data_path)
     policy = config.eval.cold_candidates
@@ -80,7 +80,10 @@ def _check_fit(store: Store, meta: dict, schema: Schema, checkpoint_path: Path, 
             "Give the data of the same data set."
         )
     if store.schema.features != schema.features:
-        raise UserError(f"{data_path}: its schema differs from the one the checkpoint {checkpoint_path} was trained with.")
+        raise UserError(
+            f"{data_path}: its schema differs from the one the checkpoint {checkpoint_path} was trained with.\n"
+            "Give the schema.json of the training data."
+        )
 
 
 def creative_ids(store: Store, item_ids: np.ndarray) -> list[list[int | str]]:

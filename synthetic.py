@@ -152,7 +152,7 @@ def planted_ceiling(out: str | Path, **options: bool) -> dict[str, float]:
     """`planted.ceiling` for a folder made with `predict`; options: only_candidates, know_time."""
     spec = load_spec(out)
     if not spec.predict:
-        raise UserError(f"{out}: made without --predict; the ceiling is that of the users to predict.")
+        raise UserError(f"{out}: made without --predict; the ceiling is that of the users to predict. Make it again with --predict K.")
     return ceiling(build_world(spec.items, spec.predict, spec.seed), spec.predict, **options, **spec.lengths)
 
 

@@ -78,7 +78,7 @@ def candidate_ids(config: Config, store) -> tuple[np.ndarray, int]:
     if not (ids > 0).any():
         raise UserError(
             f"eval.candidates {config.eval.candidates}: none of its {len(ids):,} creative ids is in the data's indexer.\n"
-            "Is it another data set's?"
+            "Give the candidates of this data set, or all."
         )
     return np.unique(ids[ids > 0]), int((ids == 0).sum())
 
@@ -399,9 +399,11 @@ class Trainer:
 
     def _validate(self) -> tuple[float, bool]:
         """Evaluate on the validation split; returns (loss, whether it is the best so far)."""
+        begin = time.perf_counter()
         with self.updates.averaged(), self._stoppable():
             ranking = self.rank(self.splits.valid)
         metrics = self.metrics_of(self.splits.valid, ranking)
+        self.logger.note_pause(time.perf_counter() - begin, self._evaluations_ahead())
         name = self.config.eval.best_metric
         value = metrics[name]
         better = value < self.best_value if name in LOWER_IS_BETTER else value > self.best_value
@@ -416,6 +418,11 @@ class Trainer:
             self.best_value, self.best_name = float(value), checkpoints.checkpoint_name(self.step, metrics["loss"])
         self._valid_metrics, self.evaluated_step = metrics, self.step
         return metrics["loss"], is_best
+
+    def _evaluations_ahead(self) -> float:
+        """Evaluations to come, in validations: the test at the end ranks its users once more for their exact ranks."""
+        epochs_left = -(-(self.total_steps - self.step) // self.steps_per_epoch)
+        return -(-epochs_left // self.config.eval.eval_every_epochs) + 2 * self.splits.test.num_samples / self.splits.valid.num_samples
 
     def _drawn(self) -> torch.nn.Module | None:
         """What TensorBoard's histograms show."""

@@ -1,6 +1,6 @@
-"""Judges a result.json of infer.py on synthetic users to predict: HR@10 and NDCG@10 beside item-to-item and the planted ceiling.
+"""Judges results of infer.py on synthetic users to predict: HR@10, NDCG@10 and score beside item-to-item and the planted ceiling.
 
-    python experiments/check_infer.py RESULT.json DATA DATA-eval [--cache_path ./cache]
+    python experiments/check_infer.py DATA RESULT.json [RESULT.json ...] [--cache_path ./cache]     the users to predict lie in DATA-eval
 
 All rank the same candidates for the same users, with the items that the user has seen removed. Source of the ceiling: planted.ceiling.
 """
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines import successors  # noqa: E402
 from dataset import predict_split, training_item_counts  # noqa: E402
+from metrics import competition_score  # noqa: E402
 from store import open_store  # noqa: E402
 from synthetic import planted_ceiling  # noqa: E402
 
@@ -40,30 +41,38 @@ def item_to_item(train, predict, k: int) -> list[list[int]]:
     return answers
 
 
-def score(answers: list[list[int]], truth: list[int]) -> str:
+def line(name: str, hit_rate: float, ndcg: float) -> str:
+    return f"{name:<40}  HR@10 {hit_rate:.4f}  NDCG@10 {ndcg:.4f}  score {competition_score(hit_rate, ndcg):.4f}"
+
+
+def judged(name: str, answers: list[list[int]], truth: list[int]) -> str:
     places = [row.index(item) if item in row else -1 for row, item in zip(answers, truth)]
     gain = sum(1 / np.log2(place + 2) for place in places if place >= 0)
-    return f"HR@10 {sum(place >= 0 for place in places) / len(truth):.4f}  NDCG@10 {gain / len(truth):.4f}"
+    return line(name, sum(place >= 0 for place in places) / len(truth), gain / len(truth))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result"), parser.add_argument("data"), parser.add_argument("data_eval")
+    parser.add_argument("data")
+    parser.add_argument("results", nargs="+", metavar="RESULT.json")
     parser.add_argument("--cache_path", default="./cache")
     args = parser.parse_args()
-    result = json.loads(Path(args.result).read_text())
-    truth = json.loads((Path(args.data_eval) / "truth.json").read_text())
-    truth = [int(truth[user]) for user in result["user"]]
-    answers = [[int(item) for item in row] for row in result["top10s"]]
+    data_eval = Path(f"{args.data.rstrip('/')}-eval")
+    true_item = json.loads((data_eval / "truth.json").read_text())
     train = open_store(args.data, args.cache_path)
-    predict = open_store(args.data_eval, args.cache_path, kind="predict")
+    predict = open_store(data_eval, args.cache_path, kind="predict")
     pool = set(predict.raw_item_ids[predict.candidate_item_ids].tolist())
-    whole = all(len(set(row)) == 10 and set(row) <= pool for row in answers)
-    print(f"users {len(truth):,}, candidates {len(pool):,}, ten distinct candidates each: {whole}")
-    print(f"model         {score(answers, truth)}")
-    print(f"item-to-item  {score(item_to_item(train, predict, 10), truth)}")
+    truth = [int(true_item[user]) for user in predict.raw_user_ids.take(range(predict.num_users))]
+    print(f"{len(truth):,} users, {len(pool):,} candidates")
+    for path in args.results:
+        result = json.loads(Path(path).read_text())
+        answers = [[int(item) for item in row] for row in result["top10s"]]
+        if not all(len(set(row)) == 10 and set(row) <= pool for row in answers):
+            print(f"{path}: not ten distinct candidates for each user")
+        print(judged(path, answers, [int(true_item[user]) for user in result["user"]]))
+    print(judged("item-to-item", item_to_item(train, predict, 10), truth))
     ceiling = planted_ceiling(args.data, only_candidates=True)
-    print(f"ceiling       HR@10 {ceiling['hr@10']:.4f}  NDCG@10 {ceiling['ndcg@10']:.4f}  (approximate: synthetic.planted_ceiling)")
+    print(line("ceiling (synthetic.planted_ceiling)", ceiling["hr@10"], ceiling["ndcg@10"]))
 
 
 if __name__ == "__main__":

@@ -209,6 +209,27 @@ def test_format_duration():
     assert {seconds: format_duration(seconds) for seconds in given} == given
 
 
+def test_time_left_counts_evaluations_apart_from_steps(monkeypatch):
+    """Steps of a second, evaluations of a minute each 100 steps: right to the second once an evaluation was seen."""
+    clock = [100.0]
+    monkeypatch.setattr(logger.time, "monotonic", lambda: clock[0])
+    out = io.StringIO()
+    log = RunLogger(None, None, stream=out, total_steps=400)
+    said = {}
+    for step in range(1, 401):
+        clock[0] += 1
+        if step % 10 == 0:
+            log.train_line({"global_step": step, "loss": 1.0})
+            said[step] = out.getvalue().splitlines()[-1]
+        if step % 100 == 0:
+            clock[0] += 60
+            log.note_pause(60.0, (400 - step) // 100 + 2)  # the test is as long as two of them
+    assert said[50].endswith("left 0:05:50")  # nothing is known of evaluations yet
+    assert said[110].endswith(f"left {format_duration(290 + 5 * 60)}")
+    assert said[310].endswith(f"left {format_duration(90 + 3 * 60)}")
+    assert said[400].endswith(f"left {format_duration(3 * 60)}")
+
+
 def test_format_table_aligns_numbers_right_and_text_left():
     rows = [("users", 12345, 0.5), ("items of the set", 7, None), ("x", 0, 1e-7)]
     assert format_table(rows, ("name", "count", "share")) == [

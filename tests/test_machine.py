@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import machine
-from machine import read_machine
+from machine import NEWEST_TORCH, OLDEST_TORCH, nearest_folder, read_machine, scratch_near, torch_warning
 
 CPU = torch.device("cpu")
 
@@ -63,3 +63,21 @@ def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     found = read_machine(folder, CPU)
     assert found.disk > 0 and found.folder == folder and not folder.exists()
     assert found.memory > 0
+
+
+def test_torch_outside_the_requirements_is_warned_of():
+    for version in ("2.10.0+cpu", "2.13.1", torch.__version__):
+        assert torch_warning(version) == ""
+    assert "CVE-2026-24747" in torch_warning("2.9.1+cu128") and "newer" in torch_warning("2.14.0a0+git1")
+    bounds = f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]},<{NEWEST_TORCH[0]}.{NEWEST_TORCH[1]}"
+    assert bounds in (Path(machine.__file__).parent / "requirements.txt").read_text()
+
+
+def test_scratch_lies_on_the_disk_of_the_path_where_that_can_be_written(tmp_path):
+    assert nearest_folder(tmp_path / "a/b") == tmp_path
+    made = scratch_near(tmp_path / "a/b")
+    assert made.parent == tmp_path and made.is_dir()
+    (tmp_path / "file").touch()
+    elsewhere = scratch_near(tmp_path / "file/a")
+    assert elsewhere.is_dir() and tmp_path not in elsewhere.parents
+    elsewhere.rmdir()

@@ -350,7 +350,7 @@ def test_embeddings_are_added_to_a_store_and_follow_their_source(world: World, t
     assert not plain.has_embedding("81") and not plain.has_embedding("nope")
     with pytest.raises(UserError, match=r"a has no vectors of 81 in creative_emb/ or mm_emb/\.\nAdd them"):
         opened(folder, tmp_path / "cache", embeddings=["81"])
-    with pytest.raises(UserError, match="'99' is not an embedding of this data's schema; it has 81, 82"):
+    with pytest.raises(UserError, match="'99' is not an embedding of this data's schema; give some of 81, 82"):
         opened(folder, tmp_path / "cache", embeddings=["99"])
     with_vectors(folder)
     store = opened(folder, tmp_path / "cache", embeddings=["81"])
