@@ -101,14 +101,19 @@ class PointwiseAttention(nn.Module):
         value, query, key = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in grid.chunk(3, dim=-1))
         if sequence.cos_sin is not None:
             query, key = rotate(query, sequence.cos_sin), rotate(key, sequence.cos_sin)
-        users = len(query) if torch.is_grad_enabled() else POINTWISE_USERS
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():  # torch.export knows no number of users to loop over
+            mixed = self._pointwise(query, key, value, bias)
+        else:
+            mixed = self._pointwise_in_parts(query, key, value, bias)
+        return packing.pack(mixed.transpose(1, 2).flatten(2))
+
+    def _pointwise_in_parts(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         parts = []
-        for begin in range(0, len(query), users):
-            part = slice(begin, begin + users)
+        for begin in range(0, len(query), POINTWISE_USERS):
+            part = slice(begin, begin + POINTWISE_USERS)
             of_part = bias[part] if bias is not None and len(bias) > 1 else bias
             parts.append(self._pointwise(query[part], key[part], value[part], of_part))
-        mixed = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return packing.pack(mixed.transpose(1, 2).flatten(2))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _pointwise(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """(B, H, T, D / H) each."""

@@ -42,6 +42,14 @@ class Ranking(NamedTuple):
     target_ranks: np.ndarray  # (S,) int64, candidates before the target; -1 where it is no candidate or was not asked for
 
 
+class Prepared(NamedTuple):
+    """A ranker's candidates, encoded once for many calls of `rank`."""
+
+    encoded: Tensor  # (C, D) float32
+    vectors: Tensor  # (C, D), or (C, D + 1) with cold_penalty: what queries meet
+    catalogue: Catalogue
+
+
 def move(tree, device: torch.device, pin: bool = False):
     """Copy the tensors of nested tuples to a device; with `pin`, into page-locked memory instead."""
     if isinstance(tree, Tensor):
@@ -135,6 +143,13 @@ class Ranker:
             yield samples, query.index_select(0, batch.lengths.cumsum(0) - 1)
 
     @torch.inference_mode()
+    def prepare(self) -> Prepared:
+        """The candidates' vectors, ready for `rank`."""
+        encoded = self.encode_candidates()
+        vectors = self.with_penalties(encoded)
+        return Prepared(encoded, vectors, prepare_catalogue(vectors))
+
+    @torch.inference_mode()
     def rank(
         self,
         split: Split,
@@ -145,16 +160,15 @@ class Ranker:
         keep_queries: bool = False,
         ranks_of: np.ndarray | None = None,
         wanted: np.ndarray | None = None,
+        prepared: Prepared | None = None,
     ) -> Ranking:
         """Exact top k for each sample; seen items (all input events, not only the window) removed where asked.
 
         fill: a user who has seen so much that fewer than k candidates are left gets the best of the seen ones after them.
         ranks_of: (S,) bool, the samples whose target's exact rank is counted over all candidates too; that takes as long again.
-        wanted: as in `encode_users`.
+        wanted: as in `encode_users`. prepared: what `prepare` gave for these candidates; None = they are encoded now.
         """
-        encoded = self.encode_candidates()
-        candidates = self.with_penalties(encoded)
-        catalogue = prepare_catalogue(candidates)
+        encoded, candidates, catalogue = prepared or self.prepare()
         k_found = min(k, len(self.candidate_ids))
         ids = np.zeros((split.num_samples, k), dtype=np.int64)
         scores = np.full((split.num_samples, k), -np.inf, dtype=np.float32)

@@ -44,6 +44,8 @@ class Experts(nn.Module):
         probability = self.router(x).float().softmax(-1)  # (N, E)
         weight, chosen = probability.topk(self.active)  # (N, K)
         weight = (weight / weight.sum(-1, keepdim=True)).to(x.dtype)
+        if torch.compiler.is_exporting():
+            return self._by_all(x, weight, chosen), probability.new_ones(())
         flat = chosen.view(-1)
         order = flat.argsort(stable=True)  # places n * K + k, an expert's together
         sizes, share = self._sizes(flat)
@@ -55,6 +57,14 @@ class Experts(nn.Module):
         if self.shared is not None:
             out = out + self.shared(x)
         return out, self.router.out_features * (share * probability.mean(0)).sum()
+
+    def _by_all(self, x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+        """Every expert on every token, weighted by 0 where it was not chosen: for torch.export, which cannot sort tokens by expert."""
+        share = x.new_zeros(x.shape[0], self.router.out_features).scatter(1, chosen, weight)  # (N, E)
+        out = torch.zeros_like(x) if self.shared is None else self.shared(x)
+        for expert, parts in enumerate(zip(self.inner.unbind(), self.outer.unbind())):
+            out = out + share[:, expert, None] * self._expert(x, *parts)
+        return out
 
     def _expert(self, x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
         hidden = x @ inner.to(x.dtype)

@@ -1,6 +1,10 @@
 """The competition's inference: a checkpoint (or an ensemble of several) and EVAL_DATA_PATH in, ten creative ids for every user out.
 
 Needs the checkpoint folder and EVAL_DATA_PATH, nothing else: no config.yaml, no training data, no flags.
+
+python infer.py                                   MODEL_OUTPUT_PATH, EVAL_DATA_PATH -> result.json
+python infer.py --export OUT --state_dict_path X  the model for use without this repository
+python infer.py --stdin --state_dict_path X       users given as JSON lines -> answers as JSON lines
 """
 
 from __future__ import annotations
@@ -9,19 +13,18 @@ import json
 import os
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from candidates import normalise_id
 from dataset import predict_split
 from ensemble import ENSEMBLE, Ensemble, read_ensemble
 from errors import ArgumentParser, UserError, run_cli
-from evaluate import Ranker, Ranking, wanted_actions, without_cold
-from features import FeatureColumns, known_items_digest
-from schema import ACTION_NAMES, NUM_ACTION_TYPES, Schema
-from store import open_store
+from evaluate import Ranker, Ranking, wanted_actions
+from schema import ACTION_NAMES, NUM_ACTION_TYPES
+from serve import Answerer, Served, creative_ids, open_served, serve_lines
 
 ANSWERS = 10  # creative ids a user
 ACTION_FILE = "user_action_type.json"
@@ -37,21 +40,9 @@ def infer() -> tuple[list[list[int | str]], list[str]]:
     model_path, data_path = _folder("MODEL_OUTPUT_PATH", "the checkpoint's folder"), _folder("EVAL_DATA_PATH", "the data to predict")
     result_path = os.environ.get("EVAL_RESULT_PATH") or ""
     ensemble = read_ensemble(_checkpoint_in(model_path))
-    config = ensemble.members[0].config
-    embeddings = tuple(dict.fromkeys(name for member in ensemble.members for name in member.embeddings))
     cache_path = os.environ.get("USER_CACHE_PATH") or (os.path.join(result_path, "cache") if result_path else "./cache")
-    store = open_store(data_path, Path(cache_path), kind="predict", embeddings=embeddings, max_bad_lines=config.data.max_bad_lines)
-    for member in ensemble.members:
-        _check_fit(store, member.meta, member.schema, member.path, data_path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = config.eval.cold_candidates
-    options = {"batch_size": config.eval.eval_batch_size, "num_workers": max(1, config.data.num_workers)}
-    options["cold_penalty"] = config.eval.cold_penalty if policy == "penalty" else 0.0
-    candidates = np.asarray(store.candidate_item_ids)
-    if policy == "drop":
-        first = ensemble.members[0]
-        candidates = without_cold(candidates, FeatureColumns(store, first.layout, (), first.trained))
-    ranker = ensemble.ranker([member.ranker(store, candidates, device, **options) for member in ensemble.members])
+    served = open_served(ensemble, data_path, "predict", Path(cache_path), _device())
+    store, ranker = served.store, served.ranker
     users = store.raw_user_ids.take(np.arange(store.num_users))
     ranking = ranker.rank(
         predict_split(store),
@@ -109,7 +100,7 @@ def _folder(variable: str, what: str) -> Path:
     return Path(value)
 
 
-def _checkpoint_in(path: Path) -> Path:
+def _checkpoint_in(path: Path, given_by: str = "MODEL_OUTPUT_PATH=") -> Path:
     """The platform may name the folder of a checkpoint or an ensemble, a file in it, or a folder that holds one checkpoint."""
     if path.is_file() or (path / "meta.json").exists() or (path / ENSEMBLE).exists():
         return path
@@ -120,45 +111,9 @@ def _checkpoint_in(path: Path) -> Path:
     if best.exists():
         return best
     raise UserError(
-        f"MODEL_OUTPUT_PATH={path}: expected a checkpoint folder (model.pt, meta.json), found {len(inside)} folders global_step*.\n"
+        f"{given_by}{path}: expected a checkpoint folder (model.pt, meta.json), found {len(inside)} folders global_step*.\n"
         "Name one of them."
     )
-
-
-def _check_fit(store, meta: dict, schema: Schema, checkpoint_path: Path, data_path: Path) -> None:
-    if store.num_known_items != meta["num_items"]:
-        raise UserError(
-            f"{data_path}/indexer.pkl knows {store.num_known_items:,} items, "
-            f"the checkpoint {checkpoint_path} was trained on {meta['num_items']:,}.\n"
-            "Item numbers would mean other items. Give the data of the same data set."
-        )
-    if known_items_digest(store) != meta["item_ids"]:
-        raise UserError(
-            f"{data_path}/indexer.pkl numbers other creative ids than those that the checkpoint {checkpoint_path} was trained on.\n"
-            "Give the data of the same data set."
-        )
-    if not len(store.candidate_item_ids):
-        raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank. Add them to EVAL_DATA_PATH.")
-    if store.schema.features != schema.features:
-        raise UserError(
-            f"{data_path}: its schema differs from the one the checkpoint {checkpoint_path} was trained with.\n"
-            "Give the schema.json of the training data."
-        )
-
-
-def creative_ids(store, item_ids: np.ndarray) -> list[list[int | str]]:
-    """Creative ids of rankings (S, k), without the empty places (id 0) that occur only where the pool has fewer than k candidates.
-
-    Numbers are ints, as in the candidates' file, also where one id that is none made the store keep all of them as text.
-    """
-    raw = store.raw_item_ids
-    if isinstance(raw, np.ndarray):
-        rows = raw[item_ids].tolist()
-        if (item_ids > 0).all():
-            return rows
-    else:
-        rows = [[normalise_id(creative) if creative else 0 for creative in raw.take(row)] for row in item_ids]
-    return [[creative for creative, item in zip(row, ids) if item > 0] for row, ids in zip(rows, item_ids.tolist())]
 
 
 def write_baseline_files(folder: Path, store, ranker: Ranker, ranking: Ranking) -> None:
@@ -185,11 +140,78 @@ def _write_matrix(path: Path, matrix: np.ndarray) -> None:
         file.write(np.ascontiguousarray(matrix).tobytes())
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def opened(options: Namespace) -> Served:
+    """What --export and --stdin work on: the checkpoint that is named, with EVAL_DATA_PATH, --data_path or its own training data."""
+    path = Path(options.state_dict_path)
+    if not path.exists():
+        raise UserError(f"--state_dict_path {path}: no such file or folder; it names a checkpoint or an ensemble.")
+    ensemble = read_ensemble(_checkpoint_in(path, "--state_dict_path "))
+    paths = ensemble.members[0].config.paths
+    kind = "predict" if os.environ.get("EVAL_DATA_PATH") and not options.data_path else "train"
+    data_path = options.data_path or os.environ.get("EVAL_DATA_PATH") or paths.data_path
+    if not Path(data_path).is_dir():
+        raise UserError(
+            f"{data_path}: no such data folder, from which the items' features come.\n"
+            "Name the training data by --data_path, or users to predict and candidates by EVAL_DATA_PATH."
+        )
+    cache_path = os.environ.get("USER_CACHE_PATH") or paths.cache_path or "./cache"
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)  # stdout is for answers alone
+
+    return open_served(ensemble, Path(data_path), kind, Path(cache_path), _device(), log)
+
+
+def answer_lines(options: Namespace) -> None:
+    """--stdin: users as JSON lines in, answers as JSON lines out, until the input ends."""
+    answerer = Answerer(opened(options))
+    print("ready: a user a line, as JSON", file=sys.stderr, flush=True)
+    try:
+        lines, errors = serve_lines(answerer, sys.stdin.buffer, sys.stdout, ANSWERS)
+    except BrokenPipeError:  # whoever reads the answers has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    print(f"{lines:,} lines answered, {errors:,} of them by an error", file=sys.stderr, flush=True)
+
+
+def check_flags(options: Namespace) -> None:
+    """UserError for flags that do not go together."""
+    if not (options.export or options.stdin):
+        if given := [flag for flag in ("state_dict_path", "data_path") if getattr(options, flag)]:
+            raise UserError(f"--{given[0]} belongs to --export and --stdin; else MODEL_OUTPUT_PATH and EVAL_DATA_PATH name them.")
+        return
+    if options.export and options.stdin:
+        raise UserError("--export and --stdin: one at a time.")
+    if options.output:
+        raise UserError("--output names the result.json of a folder's users; --stdin answers on standard output, --export writes a folder.")
+    options.state_dict_path = options.state_dict_path or os.environ.get("MODEL_OUTPUT_PATH") or ""
+    if not options.state_dict_path:
+        raise UserError("--export and --stdin work on a checkpoint: name it with --state_dict_path.")
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="", help="result.json to write; default: EVAL_RESULT_PATH/result.json, or ./result.json")
+    parser.add_argument(
+        "--export", metavar="OUT", default="", help="write the model to the new folder OUT, for use without this repository"
+    )
+    parser.add_argument("--stdin", action="store_true", help="answer users given as JSON lines, until end of input")
+    parser.add_argument("--state_dict_path", default="", help="the checkpoint, for --export and --stdin; default: MODEL_OUTPUT_PATH")
+    parser.add_argument("--data_path", default="", help="data for --export and --stdin; default: EVAL_DATA_PATH, or what was trained on")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args()
+    check_flags(options)
+    if options.export:
+        from export import export  # what torch.export imports costs a second
+
+        print(f"exported: {export(opened(options), Path(options.export))}; card.json in it tells how it is used")
+        return
+    if options.stdin:
+        return answer_lines(options)
     started = time.time()
     top10s, users = infer()
     output = Path(options.output or Path(os.environ.get("EVAL_RESULT_PATH") or ".") / "result.json")

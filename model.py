@@ -239,7 +239,7 @@ class Recommender(nn.Module):
             del found[1:]
         found = [self._normalised(vectors) for vectors in found]
         if balance is not None:  # a row a token, so that the pieces' mean weighs them by their tokens
-            found.append(balance.expand(len(x)))
+            found.append(balance.expand(x.shape[0]))  # not len(x): torch.export would take it for a constant
         return tuple(found)
 
     def _normalised(self, query: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from settings import load_config
 sys.path.insert(0, str(ROOT / "docs"))
 import generate_api
 
-DOCUMENTS = ("README.md", "USAGE.md")
+DOCUMENTS = ("README.md", "README_CN.md", "USAGE.md")
+TWINS = ("README.md", "README_CN.md")  # one text in two languages
 LANGUAGES = ("bash", "python", "json", "yaml", "text")
 SMALL = "--max_steps 2 --max_eval_users 100"
 # (pattern, what is added behind the command; None = checked for its syntax only). The first match counts; the rest runs as it is.
@@ -268,6 +269,59 @@ def test_commands_run(block, clone):
     assert "Traceback" not in result.stderr, f"{block.document}:{block.line}:\n{output}"
     with open(done, "a", encoding="utf-8") as file:
         file.write(script + "\0")
+
+
+# ---- README_CN.md beside README.md --------------------------------------------------------------------------------------
+
+
+def twins() -> tuple[str, str]:
+    return tuple((ROOT / name).read_text(encoding="utf-8") for name in TWINS)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of all rows of a text's tables, blocks apart."""
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in outside.splitlines() if line.startswith("|")]
+
+
+def figures_of(cell: str) -> list[str]:
+    """Its numbers and code spans, in ascending order: another language may name them in another one."""
+    return sorted(re.findall(r"`[^`]+`|(?:\d[\d,]*)?\.?\d+", cell))
+
+
+def test_twins_have_the_same_commands():
+    english, chinese = (
+        [(b.language, b.content) for b in blocks_of(name, text) if b.language != "text" or "python " in b.content]
+        for name, text in zip(TWINS, twins())
+    )
+    assert english == chinese and len(english) >= 5
+
+
+def test_twins_have_the_same_tables():
+    english, chinese = map(rows_of, twins())
+    assert len(english) == len(chinese) > 90
+    for row, other in zip(english, chinese):
+        where = f"| {' | '.join(row)} |\n| {' | '.join(other)} |"
+        assert len(row) == len(other), where
+        for number, (cell, counterpart) in enumerate(zip(row, other)):
+            if number == 0 and cell.startswith("`"):
+                assert cell == counterpart, where
+            assert figures_of(cell) == figures_of(counterpart), f"figures or code spans differ:\n{where}"
+
+
+def test_twins_have_the_same_parts_and_lead_to_each_other():
+    english, chinese = twins()
+    shape = [re.findall(r"^(#+ |- |\*\*|```)", text, re.MULTILINE) for text in (english, chinese)]
+    assert shape[0] == shape[1]
+    assert "[中文](README_CN.md)" in english.splitlines()[2] and "[English](README.md)" in chinese.splitlines()[2]
+    links = [sorted(t for t in re.findall(r"\]\(([^)#]+)\)", text) if t not in TWINS) for text in (english, chinese)]
+    assert links[0] == links[1] and all((ROOT / target).exists() for target in links[0])
+
+
+def test_a_difference_between_twins_is_found():
+    rows = rows_of("| a | .0912 / 1,020 |\n```text\n| no |\n```\n|---|---|\n")
+    assert rows == [["a", ".0912 / 1,020"], ["---", "---"]]
+    assert figures_of("20,000 of `a.py` at .5 ± 1.25") == [".5", "1.25", "20,000", "`a.py`"] != figures_of("20,001 of `a.py` at .5 ± 1.25")
 
 
 # ---- the extraction itself ----------------------------------------------------------------------------------------------
