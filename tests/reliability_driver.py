@@ -1,19 +1,25 @@
 """Runs main.py in forks of itself and signals them: a line of JSON in, one out. Started by reliability_world.Driver.
 
-In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); signal, with after (seconds from the first step)
-or in_save (the run's n-th write or fsync of a checkpoint). Out: status (of waitpid, negative for a signal), seconds from the first step
-to the end, exit_seconds from the signal to the end.
+In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); signal, with after (seconds from the first step),
+at_start (seconds from the fork) or in_save (the run's n-th write, fsync or rename of a checkpoint); crash (the run's n-th call that changes
+the disk, store and logs included; 0 = none) with lose (folders where what was not fsynced by then is cut in half, as a power cut may leave
+it) and calls (file, takes the name of each such call and each finished save); limit (bytes that a file may have), from_save (only from the
+n-th save on). Out: status (of waitpid, negative for a signal), seconds from the first step to the end, exit_seconds from the signal to it.
 """
 
+import builtins
 import json
 import os
+import resource
 import select
 import signal
 import sys
 import time
+from pathlib import Path
 
 import checkpoint
 import main
+import store_files
 import trainer
 from errors import run_cli
 
@@ -52,6 +58,10 @@ def child(order: dict, ready: int) -> None:
 
         checkpoint._HashingFile.write = killing(checkpoint._HashingFile.write)
         os.fsync, os.rename = killing(os.fsync), killing(os.rename)
+    if "crash" in order:
+        crash(order)
+    if "limit" in order:
+        limit_files(order["limit"], order.get("from_save", 0))
     status = 1
     try:
         status = run_cli(main.main)
@@ -60,6 +70,65 @@ def child(order: dict, ready: int) -> None:
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def crash(order: dict) -> None:
+    """Count the calls that change the disk, and die in one of them as a machine does that loses its power."""
+    calls = os.open(order["calls"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    folders = [Path(folder) for folder in order["lose"]]
+    before = {path.stat().st_ino for folder in folders for path in folder.rglob("*") if path.is_file()}
+    count, synced, die = [0], set(), os.kill
+
+    def die_here() -> None:
+        for path in [path for folder in folders for path in folder.rglob("*")]:
+            if path.is_file() and path.stat().st_ino not in synced | before:
+                os.truncate(path, path.stat().st_size // 2)
+        die(os.getpid(), signal.SIGKILL)
+
+    def counted(name, function, counts=lambda *args, **kwargs: True):
+        def wrapped(*args, **kwargs):
+            if counts(*args, **kwargs):
+                count[0] += 1
+                os.write(calls, f"{name}\n".encode())
+                if count[0] == order["crash"]:
+                    die_here()
+            result = function(*args, **kwargs)
+            if name == "fsync":
+                synced.add(os.fstat(args[0]).st_ino)
+            return result
+
+        return wrapped
+
+    for name in ("fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir", "posix_fallocate"):
+        setattr(os, name, counted(name, getattr(os, name)))
+    builtins.open = counted("open", open, lambda path, mode="r", *args, **kwargs: set(mode) & set("wxa+"))
+    checkpoint._HashingFile.write = counted("write", checkpoint._HashingFile.write)
+    store_files.AppendFile.add = counted("append", store_files.AppendFile.add)
+    save = checkpoint.save_checkpoint
+
+    def noting_save(*args, **kwargs):
+        path = save(*args, **kwargs)
+        os.write(calls, f"saved {path.name}\n".encode())
+        return path
+
+    checkpoint.save_checkpoint = noting_save
+
+
+def limit_files(num_bytes: int, from_save: int) -> None:
+    """No file may grow past a size: what a full disk or a quota does, in one process."""
+    save, count = checkpoint.save_checkpoint, [0]
+
+    def limited(*args, **kwargs):
+        count[0] += 1
+        if count[0] == from_save:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+        return save(*args, **kwargs)
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does by itself: the write fails with EFBIG
+    if from_save:
+        checkpoint.save_checkpoint = limited
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
 def serve(order: dict) -> dict:
