@@ -368,6 +368,15 @@ class RunLogger:
         reason = str(disk_full(error, path) or f"{path}: {error.strerror or error}").splitlines()[0]
         self.warn_once(f"{what} ends here and the run goes on without it: {reason}")
 
+    def sync(self) -> None:
+        """Have the disk hold train.log: after a power cut it tells of every step that a checkpoint written later holds."""
+        if self._file is not None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                path, self._file = self._file.name, self._close_cut(self._file, 0)
+                self._give_up("train.log", error, path)
+
     def flush(self) -> None:
         """Bring TensorBoard's events to the disk (train.log is written line by line)."""
         if self._writer is not None:

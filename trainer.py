@@ -442,6 +442,7 @@ class Trainer:
     def save(self, valid_loss: float | None) -> Path:
         """Write a checkpoint of this very moment, update the links, remove what is not to be kept."""
         root = self.run.checkpoint_dir
+        self.logger.sync()
         with self.updates.averaged():
             model_state = self.model.state_dict()
         path = checkpoints.save_checkpoint(
