@@ -256,6 +256,9 @@ def _report(summary: dict, log: Callable[[str], None]) -> None:
     for group in ("cold", "coerced", "ignored", "missing", "differences"):
         for what, count in summary[group].items():
             log(f"  {group}: {what}: {count:,}")
+    for what, count in summary["candidates"].items():
+        if not what.startswith("read"):
+            log(f"  candidates: {what}: {count:,}")
     for warning in summary["warnings"]:
         log(f"  warning: {warning}")
 
