@@ -94,8 +94,11 @@ class Store:
 
     def _map_embedding(self, feature_id: str) -> None:
         folder = _embedding_folder(self.path, feature_id)
-        self._embeddings[feature_id] = EmbeddingColumn(
-            *(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("row_of_item", "matrix")))  # fmt: skip
+        try:
+            arrays = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("row_of_item", "matrix")]
+        except (ValueError, EOFError) as error:  # the size is the noted one, the content is not
+            raise UserError(f"{folder}: not the vectors that were compiled: {error}\nRemove this folder; it is made anew.") from None
+        self._embeddings[feature_id] = EmbeddingColumn(*arrays)
 
 
 def open_store(data_path: str | Path, cache_path: str | Path, *, kind: str = "train", embeddings: Sequence[str] = (),

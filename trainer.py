@@ -30,7 +30,7 @@ from errors import RunError, Terminated, UserError
 from evaluate import Ranker, Ranking, move, split_metrics, trained_items, wanted_actions, without_cold
 from experts import take_usage
 from features import FeatureColumns, FeatureInputs, TableLayout, dropped_ids, known_items_digest
-from logger import RunLogger, rss_gib
+from logger import RunLogger
 from model import Recommender, heads_of
 from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_touched
 from parallel import cores, give_freed_memory_back, keep_freed_memory
@@ -338,16 +338,15 @@ class Trainer:
                 "global_step": self.step,
                 "epoch": self.epoch,
                 "loss": self.loss_sum / max(1, self.loss_count),
-                "time": time.time(),
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "grad_norm": self._last_norm,
                 "users_per_s": self._users / seconds,
                 "data_wait": self._waited / seconds,
-                "rss_gib": rss_gib(),
                 "total_steps": self.total_steps,
             }
             | ({"action_loss": self.action_loss_sum / max(1, self.loss_count)} if self.model.action_head is not None else {})
             | self._expert_shares()
+            | ({"loss_scale": self.scaler.scale, "skipped_steps": self.scaler.skipped} if self.scaler.enabled else {})
             | ({"temperature": self._temperature()} if self.config.loss.learn_temperature else {})
         )
         self.loss_sum, self.action_loss_sum, self.loss_count = 0.0, 0.0, 0
@@ -488,27 +487,37 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         loaded = checkpoints.load_checkpoint(path, with_trainer=True)
-        check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
+        with checkpoints.fits(path / checkpoints.META):
+            check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
         if "averaged" in loaded.meta:
             raise UserError(f"--resume: {path} is a mean of checkpoints, without an optimiser's state. Start anew with --state_dict_path.")
         self._check_resumable(loaded.meta, path)
-        state = loaded.trainer_state
-        self.load_weights(loaded.model_state)
-        self.updates.load_state_dict(state)
-        self.scaler.__dict__.update(state["scaler"])
-        self.loss.load_state_dict(state.get("loss", {}))
-        for name in PROGRESS:
-            setattr(self, name, state.get(name, getattr(self, name)))  # an older checkpoint lacks what came later
+        with checkpoints.fits(path):
+            self._restore(loaded.model_state, loaded.trainer_state)
         best = self.run.checkpoint_dir / self.best_name
         if self.best_name and best.is_dir():
             checkpoints.link(self.run.checkpoint_dir, "best_model.pt", best)  # a kill between a save and its link left the old one
         else:  # going on in another run's folder: the next evaluation is the best so far
             self.best_value, self.best_name, self.evaluations_since_best, self.evaluated_step = math.nan, "", 0, -1
         self._valid_metrics = loaded.meta["metrics"]
+        self.logger.say(f"resumed at step {self.step} from {path}")
+
+    def _restore(self, model_state: dict[str, Tensor], state: dict) -> None:
+        """What a checkpoint holds; whatever a damaged or strange one raises is fits's to explain."""
+        for name in PROGRESS:
+            value, present = state.get(name, getattr(self, name)), getattr(self, name)  # an older checkpoint lacks what came later
+            if type(value) is not type(present) and not (isinstance(present, float) and type(value) is int):
+                raise TypeError(f"{name} is {value!r:.40}")
+            setattr(self, name, value)
+        if self.best_name and not checkpoints.is_checkpoint_name(self.best_name):
+            raise ValueError(f"best_name is {self.best_name[:80]!r}")
+        self.load_weights(model_state)
+        self.updates.load_state_dict(state)
+        self.scaler.__dict__.update({name: state["scaler"][name] for name in self.scaler.state_dict()})
+        self.loss.load_state_dict(state.get("loss", {}))
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.logger.say(f"resumed at step {self.step} from {path}")
 
     def _check_resumable(self, meta: dict, path: Path) -> None:
         """UserError where going on would not be the same run: other users, another order of them, other optimisers."""

@@ -1,6 +1,6 @@
 """Runs main.py in forks of itself and signals them: a line of JSON in, one out. Started by reliability_world.Driver.
 
-In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); signal, with after (seconds from the first step),
+In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); descriptors (file, how many are open); signal, with after (seconds from the first step),
 at_start (seconds from the fork) or in_save (the run's n-th write, fsync or rename of a checkpoint); crash (the run's n-th call that changes
 the disk, store and logs included; 0 = none) with lose (folders where what was not fsynced by then is cut in half, as a power cut may leave
 it) and calls (file, takes the name of each such call and each finished save); limit (bytes that a file may have), from_save (only from the
@@ -29,7 +29,7 @@ def child(order: dict, ready: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = ["main.py", *order["flags"]]
-    update, samples = trainer.Trainer._accumulate, order.get("samples")
+    update, samples, descriptors = trainer.Trainer._accumulate, order.get("samples"), order.get("descriptors")
     started = []
 
     def log_samples(self, batch, features):
@@ -41,6 +41,9 @@ def child(order: dict, ready: int) -> None:
             descriptor = os.open(samples, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.write(descriptor, line.encode())
             os.close(descriptor)
+        if descriptors and self.step % 100 == 50:
+            with open(descriptors, "a") as file:
+                file.write(f"{self.step} {len(os.listdir('/proc/self/fd'))}\n")
         update(self, batch, features)
 
     trainer.Trainer._accumulate = log_samples
