@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -179,6 +180,7 @@ def ranker_of_member(arguments: ParsedArguments, member: Member, trainer: Traine
 
 
 # Settings that a checkpoint brings along besides the model group: they decide which users it has never seen.
+SAFE_TORCH = (2, 10)
 SPLIT_SETTINGS = ("protocol", "holdout_fraction", "seed")
 
 
@@ -292,7 +294,18 @@ def load_weights(trainer: Trainer, path: Path) -> None:
 # ---- what the console says ----
 
 
+def warn_of_old_torch(logger: RunLogger, version: str) -> None:
+    """One warning where torch is older than the first release whose weights_only has no known hole; a platform may install nothing else."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers < SAFE_TORCH:
+        logger.warn_once(
+            f"torch {version} is older than {'.'.join(map(str, SAFE_TORCH))}: its reader of checkpoints has known holes (CVE-2026-24747; "
+            "before 2.6 CVE-2025-32434 too). Load checkpoints of your own only."
+        )
+
+
 def banner(logger: RunLogger, arguments: ParsedArguments, config: Config, run: RunPaths, device: torch.device) -> None:
+    warn_of_old_torch(logger, torch.__version__)
     from_where = "asked for" if config.system.device != "auto" else ("auto: CUDA found" if device.type == "cuda" else "auto: no CUDA found")
     demo = {"data_path": "demo data, no path was given"} if not arguments.config.paths.data_path else {}
     rows = [

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import checkpoint
 import main
+import store
 import store_files
 import trainer
 from errors import run_cli
@@ -162,6 +163,57 @@ def serve(order: dict) -> dict:
     return answer | {"exit_seconds": None if signalled is None else end - signalled}
 
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
-for line in sys.stdin:
-    print(json.dumps(serve(json.loads(line))), flush=True)
+def open_one(order: dict, out: int) -> None:
+    """Open the store in this fork; tell when a build begins and ends, and what came of it."""
+    say = lambda *words: os.write(out, (" ".join(map(str, words)) + "\n").encode())
+    build = store._build
+
+    def noting(*args, **kwargs):
+        say("begins", os.getpid())
+        result = build(*args, **kwargs)
+        say("ends", os.getpid())
+        return result
+
+    store._build = noting
+    if "crash" in order:
+        crash(order)
+    try:
+        opened = store.open_store(order["data"], order["cache"], embeddings=order["embeddings"], progress=False, log=lambda _: None)
+        vectors = hash(tuple(opened.embedding(name).matrix.tobytes() for name in order["embeddings"]))
+        say("opened", os.getpid(), store.content_hash(opened), vectors)
+    except BaseException as error:
+        say("failed", os.getpid(), repr(error))
+    finally:
+        os._exit(0)
+
+
+def serve_builders(order: dict) -> dict:
+    """In: builders (how many open the store at once), data, cache, embeddings; kill (the first that builds dies so many seconds later), crash,
+    lose, calls as above. Out: events, each [seconds, word, process, ...], also "killed"."""
+    reader, writer = os.pipe()
+    begin, events, pids = time.monotonic(), [], []
+    for _ in range(order["builders"]):
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            open_one(order, writer)
+        pids.append(pid)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        for line in pipe:
+            word, pid, *more = line.split(maxsplit=2)
+            events.append([time.monotonic() - begin, word, int(pid), *more])
+            if word == "begins" and order.get("kill") is not None and not any(event[1] == "killed" for event in events):
+                time.sleep(order["kill"])
+                os.kill(int(pid), signal.SIGKILL)
+                events.append([time.monotonic() - begin, "killed", int(pid)])
+    for pid in pids:
+        os.waitpid(pid, 0)
+    return {"events": events}
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for line in sys.stdin:
+        order = json.loads(line)
+        print(json.dumps(serve_builders(order) if "builders" in order else serve(order)), flush=True)

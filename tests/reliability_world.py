@@ -103,7 +103,11 @@ class Driver:
 
     def run(self, flags: list, **how: object) -> dict:
         """Start main.py with these flags; how: see reliability_driver.py. Returns {"status", "seconds", "signalled"}."""
-        self.process.stdin.write(json.dumps({"flags": [str(flag) for flag in flags]} | how) + "\n")
+        return self.ask({"flags": [str(flag) for flag in flags]} | how)
+
+    def ask(self, order: dict) -> dict:
+        """One order to the process, one answer."""
+        self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         assert line, "the driver died"

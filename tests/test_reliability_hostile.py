@@ -25,7 +25,9 @@ from test_structure import faults
 
 import checkpoint as checkpoints
 import infer
+import main
 import report
+from logger import RunLogger
 from synthetic import generate
 
 pytestmark = pytest.mark.reliability
@@ -360,3 +362,15 @@ def test_subclasses_of_loaders_build_on_the_safe_ones():
     import settings
 
     assert not [tag for tag in settings._Loader.yaml_constructors if tag and "python" in tag]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("version", "warns"), [("2.9.1+cpu", True), ("2.5", True), ("2.10.0", False), ("2.13.0+cu128", False), ("3.0a0", False)]
+)
+def test_an_old_torch_gets_one_warning(version, warns):
+    said = io.StringIO()
+    logger = RunLogger(None, None, stream=said)
+    for _ in range(2):
+        main.warn_of_old_torch(logger, version)
+    assert said.getvalue().count("known holes") == warns

@@ -271,11 +271,15 @@ def test_a_run_that_diverges_keeps_its_last_checkpoint(tmp_path, monkeypatch):
 
 GOLDEN = ROOT / "tests/golden/losses.json"
 STEPS = 200
+# Rates low enough that a last bit does not grow to another curve: at temperature 0.05 and a rate of 0.002 other instructions gave other
+# losses by up to 0.07 after 200 steps.
 CURVES = {
-    "default": {"dropout_rate": 0.2, "learning_rate": 0.002},
-    "bce": {"name": "bce", "num_negatives": 2, "dropout_rate": 0.2, "learning_rate": 0.002},
-    "muon, hstu, bf16 off, accumulated": {"optimizer": "muon", "backbone": "hstu", "accumulate_steps": 2, "learning_rate": 0.002},
-}
+    "sampled softmax": {"learning_rate": 5e-4, "temperature": 0.2},
+    "bce": {"name": "bce", "num_negatives": 2, "learning_rate": 1e-3},
+    "muon and hstu, two batches an update": {
+        "optimizer": "muon", "backbone": "hstu", "accumulate_steps": 2, "learning_rate": 1e-4, "muon_learning_rate": 1e-4, "temperature": 0.2,
+    },
+}  # fmt: skip
 RENEW = "RENEW_GOLDEN=1 python -m pytest -q tests/test_reliability_training.py -k golden"
 
 
@@ -309,7 +313,7 @@ def test_golden_curves(tmp_path, name):
     if os.environ.get("RENEW_GOLDEN") == "1":
         tree[name] = machine() | {"losses": found}
         GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(json.dumps(tree, indent=0) + "\n")
+        GOLDEN.write_text(json.dumps(tree).replace("}, ", "},\n") + "\n")
         pytest.skip(f"renewed {GOLDEN}")
     golden = tree[name]
     compare(found, golden["losses"], exact=all(golden[key] == value for key, value in machine().items()))
