@@ -85,7 +85,7 @@ def test_a_disk_that_fills_up(disk, count):
     """Row 6: a file system of n twentieths of what the run needs; with room made, --resume ends with the undisturbed weights."""
     outcomes = []
     for number in range(count):
-        name, size = f"full{number}", 4096 * max(2, disk.needed * 13 * (number + 1) // (10 * count) // 4096)
+        name, size = f"full{number}", 4096 * max(2, disk.needed * 22 * (number + 1) // (10 * count) // 4096)
         with disk.of_size(size) as resize:
             done = disk.run(name)
             outcomes.append(disk.check(name, done["status"]))
