@@ -431,7 +431,7 @@ def _why_refused(text: str) -> str:
 
 @contextlib.contextmanager
 def fits(path: Path) -> Iterator[None]:
-    """Within it, what is missing in a checkpoint's file or of a wrong type is a UserError that names the file: hashes say nothing of that."""
+    """Within it, what a checkpoint's file lacks or has of a wrong type is a UserError that names the file: hashes do not tell."""
     try:
         yield
     except (UserError, RunError):

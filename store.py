@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from columns import EmbeddingColumn, ItemLookup, RaggedColumn, StringColumn
-from errors import UserError, disk_full
+from errors import SMALL_FILE_BYTES, UserError, disk_full
 from multimodal import compile_embedding, find_embedding, required_embedding
 from schema import Feature, Schema
 from sources import Rejects, Source, find_source
@@ -162,7 +162,7 @@ def _writable(cache: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        if known := disk_full(error, cache):
+        if known := disk_full(error, cache, SMALL_FILE_BYTES):
             raise known from None
         raise UserError(
             f"cache_path {cache}: cannot be written: {error.strerror}.\nGive a writable folder: --cache_path or USER_CACHE_PATH."

@@ -1,10 +1,11 @@
 """Runs main.py in forks of itself and signals them: a line of JSON in, one out. Started by reliability_world.Driver.
 
-In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); descriptors (file, how many are open); signal, with after (seconds from the first step),
-at_start (seconds from the fork) or in_save (the run's n-th write, fsync or rename of a checkpoint); crash (the run's n-th call that changes
-the disk, store and logs included; 0 = none) with lose (folders where what was not fsynced by then is cut in half, as a power cut may leave
-it) and calls (file, takes the name of each such call and each finished save); limit (bytes that a file may have), from_save (only from the
-n-th save on). Out: status (of waitpid, negative for a signal), seconds from the first step to the end, exit_seconds from the signal to it.
+In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); descriptors (file, how many are open);
+signal, with after (seconds from the first step), at_start (seconds from the fork) or in_save (the run's n-th write, fsync or rename of a
+checkpoint); crash (the run's n-th call that changes the disk, store and logs included; 0 = none) with lose (folders where what was not
+fsynced by then is cut in half, as a power cut may leave it) and calls (file, takes the name of each such call and each finished save);
+limit (bytes that a file may have), from_save (only from the n-th save on). Out: status (of waitpid, negative for a signal), seconds from
+the first step to the end, exit_seconds from the signal to it.
 """
 
 import builtins
@@ -188,8 +189,9 @@ def open_one(order: dict, out: int) -> None:
 
 
 def serve_builders(order: dict) -> dict:
-    """In: builders (how many open the store at once), data, cache, embeddings; kill (the first that builds dies so many seconds later), crash,
-    lose, calls as above. Out: events, each [seconds, word, process, ...], also "killed"."""
+    """In: builders (how many open the store at once), data, cache, embeddings; kill (the first that builds dies so many seconds later);
+    crash, lose, calls as above. Out: events, each [seconds, word, process, ...], also "killed".
+    """
     reader, writer = os.pipe()
     begin, events, pids = time.monotonic(), [], []
     for _ in range(order["builders"]):

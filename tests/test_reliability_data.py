@@ -25,8 +25,24 @@ from errors import UserError
 from store import Store, content_hash, open_store
 
 pytestmark = pytest.mark.reliability
-MUTATIONS = ("flip", "flips", "cut", "nested", "deep", "NaN", "2^70", "duplicate key", "not UTF-8", "BOM", "CRLF", "empty", "insert", "retype",
-             "shuffle", "join")  # fmt: skip
+MUTATIONS = (
+    "flip",
+    "flips",
+    "cut",
+    "nested",
+    "deep",
+    "NaN",
+    "2^70",
+    "duplicate key",
+    "not UTF-8",
+    "BOM",
+    "CRLF",
+    "empty",
+    "insert",
+    "retype",
+    "shuffle",
+    "join",
+)
 LITERALS = [
     b"NaN",
     b"-Infinity",
@@ -125,9 +141,13 @@ def listed(store: Store) -> list[dict]:
     return [json.loads(line) for line in Path(store.summary["rejects_file"]).read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("count", "way"), [
-    pytest.param(400, "orjson", marks=pytest.mark.fast), *[(rounds(10_000, 0)[1], way) for way in ("loops", "orjson", "processes")],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("count", "way"),
+    [
+        pytest.param(400, "orjson", marks=pytest.mark.fast),
+        *[(rounds(10_000, 0)[1], way) for way in ("loops", "orjson", "processes")],
+    ],
+)
 def test_mutated_lines_are_accepted_or_rejected_with_line_and_reason(tmp_path, count, way, monkeypatch):
     """Row 7, training data: accepted + rejected = lines, and what stands between mutated lines is taken as it is."""
     sources_loops.start()
@@ -203,8 +223,16 @@ def test_a_whole_file_that_is_odd(tmp_path, kind):
     folder = write_jsonl(world, tmp_path / "a")
     path = folder / "seq.jsonl"
     data = path.read_bytes()
-    odd = {"BOM": b"\xef\xbb\xbf" + data, "CRLF": data.replace(b"\n", b"\r\n"), "no last line end": data.rstrip(b"\n"), "UTF-16": data.decode().encode("utf-16"),
-           "one line of 70 MB": b"[" * 70_000_000 + b"\n" + data, "NUL bytes": data + b"\0" * 5000, "empty": b"", "one line end": b"\n"}  # fmt: skip
+    odd = {
+        "BOM": b"\xef\xbb\xbf" + data,
+        "CRLF": data.replace(b"\n", b"\r\n"),
+        "no last line end": data.rstrip(b"\n"),
+        "UTF-16": data.decode().encode("utf-16"),
+        "one line of 70 MB": b"[" * 70_000_000 + b"\n" + data,
+        "NUL bytes": data + b"\0" * 5000,
+        "empty": b"",
+        "one line end": b"\n",
+    }
     path.write_bytes(odd[kind])
     said: list[str] = []
 

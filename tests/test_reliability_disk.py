@@ -1,4 +1,4 @@
-"""docs/RELIABILITY.md, row 6: whole runs on a disk that fills up, at twenty points from the first byte of the store to the last of the report."""
+"""docs/RELIABILITY.md, row 6: whole runs on a disk that fills up, at twenty points from the store's first byte to the report's last."""
 
 from __future__ import annotations
 

@@ -76,13 +76,36 @@ def world(original, tmp_path) -> World:
 
 
 def train(world: World) -> Result:
-    return run_main("--config", "small.yaml", "--data_path", "data", "--log_path", "new/log", "--checkpoint_path", "new/ckpt", "--mm_emb_id", "81",
-                    cwd=world.folder)  # fmt: skip
+    return run_main(
+        "--config",
+        "small.yaml",
+        "--data_path",
+        "data",
+        "--log_path",
+        "new/log",
+        "--checkpoint_path",
+        "new/ckpt",
+        "--mm_emb_id",
+        "81",
+        cwd=world.folder,
+    )
 
 
 def resume(world: World) -> Result:
-    return run_main("--config", "small.yaml", "--data_path", "data", "--log_path", "log", "--checkpoint_path", "ckpt", "--resume", "--max_steps", 12,
-                    cwd=world.folder)  # fmt: skip
+    return run_main(
+        "--config",
+        "small.yaml",
+        "--data_path",
+        "data",
+        "--log_path",
+        "log",
+        "--checkpoint_path",
+        "ckpt",
+        "--resume",
+        "--max_steps",
+        12,
+        cwd=world.folder,
+    )
 
 
 def evaluate(world: World) -> Result:
@@ -149,6 +172,11 @@ def saved(value: object, **how: bool) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer, **how)
     return buffer.getvalue()
+
+
+def before_zip(world: World) -> bytes:
+    """The form of torch before 1.6: pickles in a row."""
+    return saved({"a": Evil(world.canary)}, _use_new_zipfile_serialization=False)
 
 
 def legacy_tar(world: World) -> bytes:
@@ -275,14 +303,22 @@ CASES = [
     ("settings: aliases of aliases", text("small.yaml", BOMB), train),
     ("settings: nested", text("small.yaml", "model: " + "[" * 20_000), train),
     ("model.pt: os.system in a zip", model_file(lambda w: saved({"a": Evil(w.canary)})), answer),
-    ("model.pt: os.system, form before 1.6", model_file(lambda w: saved({"a": Evil(w.canary)}, _use_new_zipfile_serialization=False)), answer),
+    ("model.pt: os.system, form before 1.6", model_file(before_zip), answer),
     ("model.pt: a bare pickle", model_file(lambda w: pickle.dumps(Evil(w.canary), protocol=2)), evaluate),
     ("model.pt: a tar of pickles", model_file(legacy_tar), answer),
     ("model.pt: encrypted records", model_file(flagged), answer),
     ("model.pt: record names with ../", model_file(rezipped(lambda n, d, w: ("../../../" + n, d))), answer),
     ("model.pt: no data.pkl", model_file(rezipped(lambda n, d, w: None if n.endswith("data.pkl") else (n, d))), answer),
-    ("model.pt: data.pkl with os.system", model_file(rezipped(lambda n, d, w: (n, pickle.dumps(Evil(w.canary), 2) if n.endswith(".pkl") else d))), evaluate),
-    ("model.pt: records of zeros, deflated", model_file(rezipped(lambda n, d, w: (n, bytes(1 << 22) if "/data/" in n else d), compress=True)), answer),
+    (
+        "model.pt: data.pkl with os.system",
+        model_file(rezipped(lambda n, d, w: (n, pickle.dumps(Evil(w.canary), 2) if n.endswith(".pkl") else d))),
+        evaluate,
+    ),
+    (
+        "model.pt: records of zeros, deflated",
+        model_file(rezipped(lambda n, d, w: (n, bytes(1 << 22) if "/data/" in n else d), compress=True)),
+        answer,
+    ),
     ("model.pt: TorchScript", model_file(script), answer),
     ("model.pt: a link elsewhere", link_outside, answer),
     ("trainer.pt: os.system", model_file(lambda w: saved({"a": Evil(w.canary)}), checkpoints.TRAINER), resume),
@@ -295,10 +331,14 @@ CASES = [
     ("meta.json: settings of a path", meta(config={"model": {"hidden_units": "../../x"}}), answer),
     ("meta.json: no table", meta(layout=None), evaluate),
     ("ranks.npz: objects", evil_ranks, make_report),
-    ("config.resolved.yaml: a tag", text("log/config.resolved.yaml", "model: !!python/object/apply:os.system ['touch CANARY']\n"), make_report),
+    (
+        "config.resolved.yaml: a tag",
+        text("log/config.resolved.yaml", "model: !!python/object/apply:os.system ['touch CANARY']\n"),
+        make_report,
+    ),
     ("status.json: nested", text("log/status.json", NESTED), make_report),
     ("run_name: a path", run_named, train),
-]  # fmt: skip
+]
 # Broken, not needed, and passed over or made harmless.
 TAKEN = ("ranks.npz: objects", "config.resolved.yaml: a tag", "status.json: nested")
 # A traceback, or torch's advice to run the file, before this check was written.
@@ -334,8 +374,16 @@ def test_a_hostile_file_is_refused_and_runs_nothing(world, what, put, program):
     lines = done.err.strip().splitlines()
     assert lines[0].startswith("error: ") and (len(lines) <= 3 or what == "settings: aliases of aliases"), done.err
     name = what.split(":")[0]
-    place = {"indexer": "indexer.pkl", "offsets": "seq_offsets.pkl", "vectors": "emb_81_32.pkl", "schema": "schema.json", "items": "item_feat_dict.json",
-             "settings": "small.yaml", "run_name": "run_name", "vectors in the cache": "emb_81"}.get(name, "global_step8")  # fmt: skip
+    place = {
+        "indexer": "indexer.pkl",
+        "offsets": "seq_offsets.pkl",
+        "vectors": "emb_81_32.pkl",
+        "schema": "schema.json",
+        "items": "item_feat_dict.json",
+        "settings": "small.yaml",
+        "run_name": "run_name",
+        "vectors in the cache": "emb_81",
+    }.get(name, "global_step8")
     assert zeros or place in done.err or what == "schema: NUL", done.err
 
 

@@ -73,14 +73,12 @@ def test_eight_processes_build_one_store(world, tmp_path, count):
             waits.append(of(events, "begins")[1][0] - killed[0][0])
         assert not leftovers(cache) and len(list(cache.glob("store-*/manifest.json"))) == 1
         shutil.rmtree(cache)
-    print(
-        f"\n{count} rounds, {len(waits)} builders killed in a build, {late} after it; the next began {max(waits, default=0):.3f} s later at most"
-    )
+    print(f"\n{count} rounds, {len(waits)} killed in a build, {late} after it; the next began {max(waits, default=0):.3f} s later at most")
     assert max(waits, default=0) < 5 and (count < 20 or len(waits) >= 5)
 
 
 def crash_everywhere(world: World, cache: Path, prepare, check, stride: int) -> int:
-    """A crash at every `stride`-th call that changes the disk while the store is opened; `check` after each. Returns the number of crashes."""
+    """A crash at every `stride`-th call that changes the disk while the store is opened; `check` after each. Returns how many."""
     calls = world.folder / "calls"
     prepare()
     world.build(cache, 1, crash=0, lose=[], calls=str(calls))
@@ -118,7 +116,7 @@ def test_a_crash_at_every_call_of_a_build(world, tmp_path, stride):
 
 
 def test_a_crash_at_every_call_that_replaces_vectors(world, tmp_path):
-    """Row 2: other vectors than the store's, which are replaced; afterwards there are the old ones' folder or the new one, and the new are read."""
+    """Row 2: vectors that changed are compiled in place of the old ones; whatever a crash leaves, the new ones are read after it."""
     cache, old, new = tmp_path / "cache", tmp_path / "old", 5.0
     world.write_vectors(1.0)
     world.open(old)

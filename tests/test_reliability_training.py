@@ -177,7 +177,7 @@ CASES = [
     ("vectors NaN", {}, in_vectors(np.float16(NAN)), "gradient of"),
     ("learnt temperature NaN", {"learn_temperature": True}, in_weight("log_temperature", NAN), "weights of log_temperature"),
     ("float16, nothing finite at any scale", {"precision": "fp16", "max_steps": 60}, in_loss(NAN), "loss nan"),
-]  # fmt: skip
+]
 
 
 def learnt(trainer) -> str:
@@ -247,7 +247,7 @@ def test_float16_skips_are_counted_in_the_log_and_the_checkpoint(tmp_path):
 
 
 def test_a_run_that_diverges_keeps_its_last_checkpoint(tmp_path, monkeypatch):
-    """Row 9, main.py: status 1, state failed, three lines, the checkpoint before it whole; resumed with what went wrong mended, it goes on."""
+    """Row 9, main.py: status 1, state failed, the checkpoint before it whole; with the fault mended, it goes on."""
     generate(tmp_path / "data", 60, 80, "jsonl", max_length=10, mean_length=7)
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
     flags = ["--config", "small.yaml", "--data_path", "data", "--log_path", "log", "--checkpoint_path", "ckpt"]
@@ -277,9 +277,14 @@ CURVES = {
     "sampled softmax": {"learning_rate": 5e-4, "temperature": 0.2},
     "bce": {"name": "bce", "num_negatives": 2, "learning_rate": 1e-3},
     "muon and hstu, two batches an update": {
-        "optimizer": "muon", "backbone": "hstu", "accumulate_steps": 2, "learning_rate": 1e-4, "muon_learning_rate": 1e-4, "temperature": 0.2,
+        "optimizer": "muon",
+        "backbone": "hstu",
+        "accumulate_steps": 2,
+        "learning_rate": 1e-4,
+        "muon_learning_rate": 1e-4,
+        "temperature": 0.2,
     },
-}  # fmt: skip
+}
 RENEW = "RENEW_GOLDEN=1 python -m pytest -q tests/test_reliability_training.py -k golden"
 
 
@@ -322,8 +327,10 @@ def test_golden_curves(tmp_path, name):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_golden_curves_hold_on_a_lesser_cpu(tmp_path, capability):
     """Row 13: the same torch told to use other instructions."""
-    code = ("import sys, json; sys.path[:0] = sys.argv[1:3]; from pathlib import Path; import test_reliability_training as t; "
-            "print(json.dumps([t.machine(), {n: t.curve(Path(sys.argv[3]) / str(k), s) for k, (n, s) in enumerate(t.CURVES.items())}]))")  # fmt: skip
+    code = (
+        "import sys, json; sys.path[:0] = sys.argv[1:3]; from pathlib import Path; import test_reliability_training as t; "
+        "print(json.dumps([t.machine(), {n: t.curve(Path(sys.argv[3]) / str(k), s) for k, (n, s) in enumerate(t.CURVES.items())}]))"
+    )
     environ = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(tmp_path)], env=environ, capture_output=True, text=True, check=True
