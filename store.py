@@ -158,9 +158,12 @@ def content_hash(store: Store) -> str:
 def _writable(cache: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        for left in cache.glob(".probe-*"):
+            if not os.path.exists(f"/proc/{left.name.removeprefix('.probe-')}"):  # of a process that died there
+                left.unlink(missing_ok=True)
         probe = cache / f".probe-{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another machine's process may have taken it for a dead one's
     except OSError as error:
         if known := disk_full(error, cache, SMALL_FILE_BYTES):
             raise known from None
