@@ -14,14 +14,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from errors import UserError, disk_full
+from errors import RunError, UserError, disk_full
 
 FORMAT_VERSION = 2
 MODEL, TRAINER, META = "model.pt", "trainer.pt", "meta.json"
@@ -187,6 +187,11 @@ def _meta_text(meta: dict) -> str:
 def checkpoint_name(step: int, valid_loss: float | None) -> str:
     """The folder's name; a loss that is None or not a number reads "nan"."""
     return f"global_step{step}.valid_loss={math.nan if valid_loss is None else valid_loss:.4f}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether it is a folder's name that checkpoint_name may have made: no path to anywhere else."""
+    return bool(_NAME.fullmatch(name)) and "/" not in name and "\0" not in name
 
 
 def save_checkpoint(
@@ -410,12 +415,37 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
+def _why_refused(text: str) -> str:
+    """torch's reason without its advice, which is to load the file without weights_only: that would run a stranger's code."""
+    for part, words in (
+        ("TorchScript", "a TorchScript archive"),
+        ("mmap can only be used", "a form older than torch 1.6, or no checkpoint"),
+    ):
+        if part in text:
+            return words
+    found = re.search(r"(?:Unsupported|not an allowed) (?:global|class)\S* ?(?:GLOBAL )?(\S+)|WeightsUnpickler error: ([^\n]+)", text)
+    if found:
+        return f"it holds more than tensors: {(found.group(1) or found.group(2))[:120]}"
+    return " ".join(text.split("weights_only", 1)[0].split())[:200]
+
+
+@contextlib.contextmanager
+def fits(path: Path) -> Iterator[None]:
+    """Within it, what a checkpoint's file lacks or has of a wrong type is a UserError that names the file: hashes do not tell."""
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path}: not what a checkpoint of this project holds ({what}). Take another checkpoint.") from None
+
+
 def _load_tensors(path: Path, mmap: bool) -> dict:
     try:
         state = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a stranger's file can make torch raise anything; it never runs its code
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: torch refuses to read it as tensors ({type(error).__name__}): {reason}") from None
+        raise UserError(f"{path}: torch refuses to read it as tensors ({type(error).__name__}): {_why_refused(str(error))}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a dict, found a {type(state).__name__}. Take another checkpoint.")
     return state

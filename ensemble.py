@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from averaging import mean_state
-from checkpoint import META, MODEL, TEMPORARY, Checkpoint, link, link_or_copy, load_checkpoint, save_checkpoint, write_text_atomic
+from checkpoint import META, MODEL, TEMPORARY, Checkpoint, fits, link, link_or_copy, load_checkpoint, save_checkpoint, write_text_atomic
 from config import Config
 from dataset import Split
 from errors import UserError
@@ -48,10 +48,12 @@ class Member:
     def __init__(self, checkpoint: Checkpoint, weight: float = 1.0) -> None:
         meta, where = checkpoint.meta, f"{checkpoint.path}/{META}"
         self.checkpoint, self.meta, self.path, self.weight = checkpoint, meta, checkpoint.path, weight
-        self.config = Config.from_dict(meta["config"], where)
-        self.layout = TableLayout.from_list(meta["layout"])
-        self.embeddings = tuple(meta["embeddings"])
-        self.schema = Schema.from_dict(meta["schema"], where)
+        with fits(checkpoint.path / META):
+            self.config = Config.from_dict(meta["config"], where)
+            self.layout = TableLayout.from_list(meta["layout"])
+            self.embeddings = tuple(map(str, meta["embeddings"]))
+            self.schema = Schema.from_dict(meta["schema"], where)
+            self.data = int(meta["num_items"]), str(meta["item_ids"])  # what infer.py compares with the data to predict
 
     @property
     def temperature(self) -> float:
@@ -67,9 +69,10 @@ class Member:
 
     def model(self, device: torch.device) -> Recommender:
         """The model with the checkpoint's weights."""
-        widths = {name: self.schema[name].width for name in self.embeddings}
-        model = Recommender(self.config.model, self.layout, widths, self.schema.has_time, **heads_of(self.config.loss))
-        model.load_state_dict(self.checkpoint.model_state)
+        with fits(self.path):
+            widths = {name: self.schema[name].width for name in self.embeddings}
+            model = Recommender(self.config.model, self.layout, widths, self.schema.has_time, **heads_of(self.config.loss))
+            model.load_state_dict(self.checkpoint.model_state)
         return model.to(device)
 
     def ranker(self, store, candidate_ids: np.ndarray, device: torch.device, **options) -> Ranker:

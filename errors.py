@@ -18,6 +18,7 @@ from typing import NoReturn
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_MISTAKE = 2
+SMALL_FILE_BYTES = 4096  # what a file of a few bytes takes of a disk
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as a shell has it
 
 

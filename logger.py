@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -160,6 +161,20 @@ def _mend_last_line(path: Path) -> int:
             return len(data) - start
         file.write(b"\n")
     return 0
+
+
+def _quiet_event_thread() -> None:
+    """TensorBoard's thread hands an error of the disk on to the next write, which says it in a line; Python would print a traceback too."""
+    before = threading.excepthook
+    if getattr(before, "is_quiet", False):
+        return
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
+            before(failure)
+
+    hook.is_quiet = True
+    threading.excepthook = hook
 
 
 class RunLogger:
@@ -362,6 +377,7 @@ class RunLogger:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
         # Events at the resumed step itself were written before its checkpoint and are not written again: purge what follows.
+        _quiet_event_thread()
         purge = None if self._resume_step is None else self._resume_step + 1
         return SummaryWriter(str(self._tensorboard_dir), purge_step=purge, flush_secs=_FLUSH_SECONDS)
 
@@ -372,6 +388,15 @@ class RunLogger:
     def _give_up(self, what: str, error: OSError, path: object) -> None:
         reason = str(disk_full(error, path) or f"{path}: {error.strerror or error}").splitlines()[0]
         self.warn_once(f"{what} ends here and the run goes on without it: {reason}")
+
+    def sync(self) -> None:
+        """Have the disk hold train.log: after a power cut it tells of every step that a checkpoint written later holds."""
+        if self._file is not None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                path, self._file = self._file.name, self._close_cut(self._file, 0)
+                self._give_up("train.log", error, path)
 
     def flush(self) -> None:
         """Bring TensorBoard's events to the disk (train.log is written line by line)."""

@@ -23,6 +23,7 @@ import torch
 
 import checkpoint as checkpoints
 from board import write_start
+from compatibility import check_compatible
 from config import Config, warnings_for, with_values
 from dataset import make_splits
 from doctor import as_json, examine, lines
@@ -42,7 +43,7 @@ from runs import RunPaths, environment, prepare_eval, prepare_run, restore_statu
 from settings import ParsedArguments, dump_yaml, load_config, print_config, write_config
 from sources import find_source
 from store import Store, has_embedding, is_compiled, open_store
-from trainer import Trainer, check_compatible
+from trainer import Trainer
 
 DEMO_FOLDER = Path("demo_data")
 DEMO = {"users": 4000, "items": 6000, "seed": 1}  # trains within a minute or two on two cores and beats the baselines clearly
@@ -183,14 +184,16 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
     try:
         banner(logger, arguments, config, run, device)
         trainer = build_trainer(config, run, logger, device)
-        check_compatible(loaded.meta, config, trainer.layout, trainer.embeddings, loaded.path)
-        if trainer.store.num_users != loaded.meta["num_users"]:
+        with checkpoints.fits(loaded.path):
+            check_compatible(loaded.meta, config, trainer.layout, trainer.embeddings, loaded.path)
+            trainer.load_weights(loaded.model_state)
+            same_users = trainer.store.num_users == loaded.meta["num_users"]
+        if not same_users:
             logger.warn_once(
                 f"the data holds {trainer.store.num_users:,} users, the checkpoint was trained on a set of {loaded.meta['num_users']:,}: "
                 "users that it was trained on may be among those it is tested on."
             )
         write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
-        trainer.load_weights(loaded.model_state)
         if others:
             rankers = [ranker_of_member(arguments, member, trainer) for member in others]
             trainer.ranker_of = lambda ranker: ensemble.ranker([ranker, *rankers])
@@ -236,9 +239,10 @@ def settings_of_checkpoint(arguments: ParsedArguments, meta: dict, path: Path) -
 
     UserError where a flag or the environment contradicts it; what config.yaml says of these gives way to the checkpoint.
     """
-    saved = Config.from_dict(meta["config"], f"{path}/meta.json")
+    with checkpoints.fits(path / checkpoints.META):
+        saved, embeddings = Config.from_dict(meta["config"], f"{path}/meta.json"), meta["embeddings"]
     values = {key: value for key, value in saved.to_dict()["model"].items()} | {key: saved.get(key) for key in SPLIT_SETTINGS}
-    values |= {"multimodal_features": meta["embeddings"], "action_head_weight": saved.loss.action_head_weight}
+    values |= {"multimodal_features": embeddings, "action_head_weight": saved.loss.action_head_weight}
     wrong = []
     for key, value in values.items():
         given, origin = arguments.config.get(key), arguments.origins[key]
@@ -331,8 +335,9 @@ def resume_step(run: RunPaths) -> int | None:
 def load_weights(trainer: Trainer, path: Path) -> None:
     """--state_dict_path without --inference_only: a new run from a checkpoint's weights."""
     loaded = checkpoints.load_checkpoint(path, with_trainer=False)
-    check_compatible(loaded.meta, trainer.config, trainer.layout, trainer.embeddings, loaded.path)
-    trainer.load_weights(loaded.model_state)
+    with checkpoints.fits(loaded.path):
+        check_compatible(loaded.meta, trainer.config, trainer.layout, trainer.embeddings, loaded.path)
+        trainer.load_weights(loaded.model_state)
     trainer.logger.say(f"weights from {loaded.path} (step {loaded.meta['step']})")
 
 

@@ -5,6 +5,7 @@ Must not know models or training; settings reach it as plain paths.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -33,7 +34,7 @@ from checkpoint import (
     set_aside_newer,
     write_text_atomic,
 )  # fmt: skip
-from errors import RunError, UserError
+from errors import SMALL_FILE_BYTES, RunError, UserError, disk_full
 
 STATES = ("running", "finished", "failed", "interrupted")
 STATUS, TRAIN_LOG, LOCK = "status.json", "train.log", ".lock"
@@ -160,7 +161,7 @@ def prepare_run(
     before = read_status(run.log_dir)
     where = {"checkpoint_path": str(run.checkpoint_dir.resolve()), "tensorboard_path": str(run.tensorboard_dir.resolve())}
     if not write_status(run.log_dir, "running", step, "", name=run.name, **where):
-        raise RunError(f"{run.log_dir / STATUS}: no space left to write. Free some space, or point log_path elsewhere.")
+        raise disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), run.log_dir / STATUS, SMALL_FILE_BYTES)
     return replace(run, lock=lock, before=before)
 
 

@@ -124,7 +124,7 @@ class Schema:
             return TENCENT_GR
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not readable as JSON: {error}. Mend it, or remove it to use TencentGR's schema.") from None
         return cls.from_dict(tree, str(path))
 

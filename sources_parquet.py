@@ -69,6 +69,11 @@ def _sequence_chunk(path: Path, batch: pa.RecordBatch, rules: Rules, tally: Coun
     def read(name: str, *, odd: bool = False) -> tuple[np.ndarray, np.ndarray, list]:
         column = pc.struct_field(events, name)
         where = f"{path}: column 'seq', field '{name}'"
+        if name == "timestamp" and pa.types.is_timestamp(column.type):  # as plain numbers they would count its unit
+            tally[f"coerced: {path.name}: column 'seq', field 'timestamp' is of type {column.type}, read as seconds since 1970"] += len(
+                column
+            )
+            column = pc.cast(pc.cast(column, pa.timestamp("s", column.type.tz), safe=False), pa.int64())
         return creative_ids(column, where, tally) if odd else (*integers(column, where, tally), [])
 
     def missing(mask: np.ndarray, name: str) -> None:
@@ -140,6 +145,9 @@ def _feature_rows(path: Path, batch: pa.RecordBatch, side: str, rules: Rules, ta
             values = np.where(wrong, 0, values)
         return values.astype(np.int32)
 
+    for name in set(batch.schema.names) - {f"{side}_id"}:
+        if batch.num_rows and batch.column(name).null_count == batch.num_rows:
+            tally[f"missing: {side} feature {name} is null in all of these rows of {path.parent.name}/{path.name}"] += batch.num_rows
     single = np.zeros((batch.num_rows, len(rules.schema.select(side, "single"))), dtype=np.int32)
     for column, feature in enumerate(rules.schema.select(side, "single")):
         if feature.id in batch.schema.names:
@@ -184,8 +192,8 @@ def integers(column: pa.Array, where: str, tally: Counter) -> tuple[np.ndarray, 
 
 def _cast(column: pa.Array, target: pa.DataType, where: str, tally: Counter) -> pa.Array:
     if not pa.types.is_integer(column.type) and not pa.types.is_null(column.type):
-        if pa.types.is_boolean(column.type):
-            raise UserError(f"{where} is of type bool; expected whole numbers.")
+        if pa.types.is_boolean(column.type) or pa.types.is_temporal(column.type):
+            raise UserError(f"{where} is of type {column.type}; expected whole numbers.")
         tally[f"coerced: {where.rsplit('/', 1)[-1]} is of type {column.type}, read as whole numbers"] += len(column)
     try:
         return pc.cast(column, target)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from columns import EmbeddingColumn, ItemLookup, RaggedColumn, StringColumn
-from errors import UserError, disk_full
+from errors import SMALL_FILE_BYTES, UserError, disk_full
 from multimodal import EmbeddingSource, compile_embedding, find_embedding, required_embedding
 from schema import Feature, Schema
 from sources import Rejects, Source, find_source
@@ -104,8 +104,11 @@ class Store:
 
     def _map_embedding(self, feature_id: str) -> None:
         folder = _embedding_folder(self.path, feature_id)
-        self._embeddings[feature_id] = EmbeddingColumn(
-            *(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("row_of_item", "matrix")))  # fmt: skip
+        try:
+            arrays = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("row_of_item", "matrix")]
+        except (ValueError, EOFError) as error:  # the size is the noted one, the content is not
+            raise UserError(f"{folder}: not the vectors that were compiled: {error}\nRemove this folder; it is made anew.") from None
+        self._embeddings[feature_id] = EmbeddingColumn(*arrays)
 
 
 def open_store(data_path: str | Path, cache_path: str | Path, *, kind: str = "train", embeddings: Sequence[str] = (),
@@ -188,11 +191,14 @@ def content_hash(store: Store) -> str:
 def _writable(cache: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        for left in cache.glob(".probe-*"):
+            if not os.path.exists(f"/proc/{left.name.removeprefix('.probe-')}"):  # of a process that died there
+                left.unlink(missing_ok=True)
         probe = cache / f".probe-{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another machine's process may have taken it for a dead one's
     except OSError as error:
-        if known := disk_full(error, cache):
+        if known := disk_full(error, cache, SMALL_FILE_BYTES):
             raise known from None
         raise UserError(
             f"cache_path {cache}: cannot be written: {error.strerror}.\nGive a writable folder: --cache_path or USER_CACHE_PATH."
@@ -289,6 +295,9 @@ def _report(summary: dict, log: Callable[[str], None]) -> None:
     for group in ("cold", "coerced", "ignored", "missing", "differences"):
         for what, count in summary[group].items():
             log(f"  {group}: {what}: {count:,}")
+    for what, count in summary["candidates"].items():
+        if not what.startswith("read"):
+            log(f"  candidates: {what}: {count:,}")
     for warning in summary["warnings"]:
         log(f"  warning: {warning}")
 

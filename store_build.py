@@ -269,7 +269,8 @@ class StoreBuilder:
                 places = np.minimum(np.searchsorted(unique, rows.ids), len(unique) - 1)
                 ours = unique[places] == rows.ids
                 self.tally["ignored: rows of user_feat whose user has no sequence"] += int((~ours).sum())
-                twice = ours & (have[places] | _repeated(places))
+                twice = ours & have[places]
+                twice[ours] |= _repeated(places[ours])  # the place of a row that is not ours is another user's
                 for row in np.flatnonzero(twice).tolist():
                     self.rejects.add(path, ahead + row + 1, f"user {rows.ids[row]} comes twice; expected one row a user")
                 keep = ours & ~twice

@@ -23,6 +23,7 @@ from torch import Tensor
 import board
 import checkpoint as checkpoints
 from candidates import read_candidates
+from compatibility import changed_since, check_compatible
 from config import Config
 from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
 from embedding import Touched
@@ -30,7 +31,7 @@ from errors import RunError, Terminated, UserError
 from evaluate import Ranker, Ranking, move, split_metrics, trained_items, wanted_actions, without_cold
 from experts import take_usage
 from features import FeatureColumns, FeatureInputs, TableLayout, dropped_ids, known_items_digest
-from logger import RunLogger, rss_gib
+from logger import RunLogger
 from model import Recommender, heads_of
 from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_touched
 from parallel import cores, give_freed_memory_back, keep_freed_memory
@@ -40,15 +41,6 @@ from training_loss import TrainingLoss, negative_sampling
 from updates import Updates
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Settings that decide which samples form which batch: a run that goes on with others would repeat or lose users.
-ORDER_SETTINGS = ("seed", "batch_size", "accumulate_steps", "length_buckets", "max_seq_length", "protocol", "holdout_fraction")
-OPTIMIZER_SETTINGS = ("optimizer", "table_optimizer", "ema_decay")
-# Settings that change neither losses nor metrics, so that a resumed run need not say that they changed.
-FREE_SETTINGS = frozenset(
-    "num_workers prefetch_batches chunk_size max_bad_lines device num_threads log_every_steps tensorboard run_name keep_last_k "
-    "save_every_steps save_frequency gradient_checkpointing baselines eval_batch_size multimodal_features "
-    "tensorboard_histograms projector_items".split()
-)
 LOWER_IS_BETTER = ("loss",)
 PROGRESS = ("epoch", "batch", "step", "best_value", "best_name", "evaluations_since_best", "evaluated_step", "loss_sum", "loss_count",
             "action_loss_sum")  # fmt: skip
@@ -338,16 +330,15 @@ class Trainer:
                 "global_step": self.step,
                 "epoch": self.epoch,
                 "loss": self.loss_sum / max(1, self.loss_count),
-                "time": time.time(),
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "grad_norm": self._last_norm,
                 "users_per_s": self._users / seconds,
                 "data_wait": self._waited / seconds,
-                "rss_gib": rss_gib(),
                 "total_steps": self.total_steps,
             }
             | ({"action_loss": self.action_loss_sum / max(1, self.loss_count)} if self.model.action_head is not None else {})
             | self._expert_shares()
+            | ({"loss_scale": self.scaler.scale, "skipped_steps": self.scaler.skipped} if self.scaler.enabled else {})
             | ({"temperature": self._temperature()} if self.config.loss.learn_temperature else {})
         )
         self.loss_sum, self.action_loss_sum, self.loss_count = 0.0, 0.0, 0
@@ -449,6 +440,7 @@ class Trainer:
     def save(self, valid_loss: float | None) -> Path:
         """Write a checkpoint of this very moment, update the links, remove what is not to be kept."""
         root = self.run.checkpoint_dir
+        self.logger.sync()
         with self.updates.averaged():
             model_state = self.model.state_dict()
         path = checkpoints.save_checkpoint(
@@ -494,53 +486,38 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         loaded = checkpoints.load_checkpoint(path, with_trainer=True)
-        check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
+        with checkpoints.fits(path / checkpoints.META):
+            check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
         if "averaged" in loaded.meta:
             raise UserError(f"--resume: {path} is a mean of checkpoints, without an optimiser's state. Start anew with --state_dict_path.")
-        self._check_resumable(loaded.meta, path)
-        state = loaded.trainer_state
-        self.load_weights(loaded.model_state)
-        self.updates.load_state_dict(state)
-        self.scaler.__dict__.update(state["scaler"])
-        self.loss.load_state_dict(state.get("loss", {}))
-        for name in PROGRESS:
-            setattr(self, name, state.get(name, getattr(self, name)))  # an older checkpoint lacks what came later
+        for line in changed_since(loaded.meta, self.config, self.store, path):
+            self.logger.warn_once(line)
+        with checkpoints.fits(path):
+            self._restore(loaded.model_state, loaded.trainer_state)
         best = self.run.checkpoint_dir / self.best_name
         if self.best_name and best.is_dir():
             checkpoints.link(self.run.checkpoint_dir, "best_model.pt", best)  # a kill between a save and its link left the old one
         else:  # going on in another run's folder: the next evaluation is the best so far
             self.best_value, self.best_name, self.evaluations_since_best, self.evaluated_step = math.nan, "", 0, -1
         self._valid_metrics = loaded.meta["metrics"]
+        self.logger.say(f"resumed at step {self.step} from {path}")
+
+    def _restore(self, model_state: dict[str, Tensor], state: dict) -> None:
+        """What a checkpoint holds; whatever a damaged or strange one raises is fits's to explain."""
+        for name in PROGRESS:
+            value, present = state.get(name, getattr(self, name)), getattr(self, name)  # an older checkpoint lacks what came later
+            if type(value) is not type(present) and not (isinstance(present, float) and type(value) is int):
+                raise TypeError(f"{name} is {value!r:.40}")
+            setattr(self, name, value)
+        if self.best_name and not checkpoints.is_checkpoint_name(self.best_name):
+            raise ValueError(f"best_name is {self.best_name[:80]!r}")
+        self.load_weights(model_state)
+        self.updates.load_state_dict(state)
+        self.scaler.__dict__.update({name: state["scaler"][name] for name in self.scaler.state_dict()})
+        self.loss.load_state_dict(state.get("loss", {}))
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.logger.say(f"resumed at step {self.step} from {path}")
-
-    def _check_resumable(self, meta: dict, path: Path) -> None:
-        """UserError where going on would not be the same run: other users, another order of them, other optimisers."""
-        sizes = {"users": (meta["num_users"], self.store.num_users), "events": (meta["num_events"], self.store.num_events)}
-        for name, (there, here) in sizes.items():
-            if there != here:  # the split is drawn anew from the users: some held out before would be trained on
-                raise UserError(
-                    f"--resume: {path} was trained on {there:,} {name}, the data now holds {here:,}.\n"
-                    "Give the run's own data, or start a new run from its weights with --state_dict_path."
-                )
-        if meta["store"] != self.store.manifest["fingerprint"]:
-            self.logger.warn_once(
-                f"the data's files are not the ones that {path.name} was trained on, but as many users and events; going on."
-            )
-        # What a setting that came later than the checkpoint would have been then: its default.
-        saved, present = Config.from_dict(meta["config"], f"{path}/meta.json").to_dict(), self.config.to_dict()
-        changed = [key for group in ("training", "loss", "data", "eval", "system") for key in present[group] if key not in FREE_SETTINGS]
-        changed = [key for key in changed if _leaf(saved, key) != _leaf(present, key)]
-        if refused := [key for key in (*ORDER_SETTINGS, *OPTIMIZER_SETTINGS) if key in changed]:
-            raise UserError(
-                f"--resume: {', '.join(refused)} differ from the checkpoint's ({path}): it would not be the same run.\n"
-                "Give the run's own settings, or start anew from its weights with --state_dict_path."
-            )
-        if changed:
-            texts = [f"{key} {_leaf(saved, key)} -> {_leaf(present, key)}" for key in changed]
-            self.logger.warn_once(f"settings changed since {path.name}: {', '.join(texts)}. The run goes on with the new ones.")
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
@@ -571,25 +548,3 @@ class Trainer:
         finally:
             for number, handler in zip(numbers, before):
                 signal.signal(number, handler)
-
-
-def _leaf(tree: dict, key: str) -> object:
-    return next((group[key] for group in tree.values() if key in group), None)
-
-
-def check_compatible(meta: dict, config: Config, layout: TableLayout, embeddings: tuple[str, ...], path: Path) -> None:
-    """UserError where a checkpoint's model settings or table do not fit; names each difference."""
-    # What a setting that came later than the checkpoint would have been then: its default.
-    then = Config.from_dict(meta["config"], f"{path}/meta.json")
-    saved, present = then.to_dict()["model"], config.to_dict()["model"]
-    different = [f"{key}: {saved[key]} there, {value} here" for key, value in present.items() if saved[key] != value]
-    if (then.loss.action_head_weight > 0) != (config.loss.action_head_weight > 0):
-        different.append(f"action_head_weight: {then.loss.action_head_weight} there, {config.loss.action_head_weight} here")
-    if (heads_of(then.loss)["temperature"] > 0) != (heads_of(config.loss)["temperature"] > 0):
-        different.append(f"learn_temperature: {then.loss.learn_temperature} there, {config.loss.learn_temperature} here")
-    if meta["layout"] != layout.to_list():
-        different.append("the data: other features, or other numbers of items, users or values")
-    if meta["embeddings"] != list(embeddings):
-        different.append(f"multimodal_features: {meta['embeddings']} there, {list(embeddings)} here")
-    if different:
-        raise UserError(f"{path}: a checkpoint of another model ({'; '.join(different)}).\nGive its settings, or another checkpoint.")

@@ -1,19 +1,27 @@
 """Runs main.py in forks of itself and signals them: a line of JSON in, one out. Started by reliability_world.Driver.
 
-In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); signal, with after (seconds from the first step)
-or in_save (the run's n-th write or fsync of a checkpoint). Out: status (of waitpid, negative for a signal), seconds from the first step
-to the end, exit_seconds from the signal to the end.
+In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); descriptors (file, how many are open);
+signal, with after (seconds from the first step), at_start (seconds from the fork) or in_save (the run's n-th write, fsync or rename of a
+checkpoint); crash (the run's n-th call that changes the disk, store and logs included; 0 = none) with lose (folders where what was not
+fsynced by then is cut in half, as a power cut may leave it) and calls (file, takes the name of each such call and each finished save);
+limit (bytes that a file may have), from_save (only from the n-th save on). Out: status (of waitpid, negative for a signal), seconds from
+the first step to the end, exit_seconds from the signal to it.
 """
 
+import builtins
 import json
 import os
+import resource
 import select
 import signal
 import sys
 import time
+from pathlib import Path
 
 import checkpoint
 import main
+import store
+import store_files
 import trainer
 from errors import run_cli
 
@@ -23,7 +31,7 @@ def child(order: dict, ready: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = ["main.py", *order["flags"]]
-    update, samples = trainer.Trainer._accumulate, order.get("samples")
+    update, samples, descriptors = trainer.Trainer._accumulate, order.get("samples"), order.get("descriptors")
     started = []
 
     def log_samples(self, batch, features):
@@ -35,6 +43,9 @@ def child(order: dict, ready: int) -> None:
             descriptor = os.open(samples, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.write(descriptor, line.encode())
             os.close(descriptor)
+        if descriptors and self.step % 100 == 50:
+            with open(descriptors, "a") as file:
+                file.write(f"{self.step} {len(os.listdir('/proc/self/fd'))}\n")
         update(self, batch, features)
 
     trainer.Trainer._accumulate = log_samples
@@ -52,6 +63,10 @@ def child(order: dict, ready: int) -> None:
 
         checkpoint._HashingFile.write = killing(checkpoint._HashingFile.write)
         os.fsync, os.rename = killing(os.fsync), killing(os.rename)
+    if "crash" in order:
+        crash(order)
+    if "limit" in order:
+        limit_files(order["limit"], order.get("from_save", 0))
     status = 1
     try:
         status = run_cli(main.main)
@@ -60,6 +75,65 @@ def child(order: dict, ready: int) -> None:
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def crash(order: dict) -> None:
+    """Count the calls that change the disk, and die in one of them as a machine does that loses its power."""
+    calls = os.open(order["calls"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    folders = [Path(folder) for folder in order["lose"]]
+    before = {path.stat().st_ino for folder in folders for path in folder.rglob("*") if path.is_file()}
+    count, synced, die = [0], set(), os.kill
+
+    def die_here() -> None:
+        for path in [path for folder in folders for path in folder.rglob("*")]:
+            if path.is_file() and path.stat().st_ino not in synced | before:
+                os.truncate(path, path.stat().st_size // 2)
+        die(os.getpid(), signal.SIGKILL)
+
+    def counted(name, function, counts=lambda *args, **kwargs: True):
+        def wrapped(*args, **kwargs):
+            if counts(*args, **kwargs):
+                count[0] += 1
+                os.write(calls, f"{name}\n".encode())
+                if count[0] == order["crash"]:
+                    die_here()
+            result = function(*args, **kwargs)
+            if name == "fsync":
+                synced.add(os.fstat(args[0]).st_ino)
+            return result
+
+        return wrapped
+
+    for name in ("fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir", "posix_fallocate"):
+        setattr(os, name, counted(name, getattr(os, name)))
+    builtins.open = counted("open", open, lambda path, mode="r", *args, **kwargs: set(mode) & set("wxa+"))
+    checkpoint._HashingFile.write = counted("write", checkpoint._HashingFile.write)
+    store_files.AppendFile.add = counted("append", store_files.AppendFile.add)
+    save = checkpoint.save_checkpoint
+
+    def noting_save(*args, **kwargs):
+        path = save(*args, **kwargs)
+        os.write(calls, f"saved {path.name}\n".encode())
+        return path
+
+    checkpoint.save_checkpoint = noting_save
+
+
+def limit_files(num_bytes: int, from_save: int) -> None:
+    """No file may grow past a size: what a full disk or a quota does, in one process."""
+    save, count = checkpoint.save_checkpoint, [0]
+
+    def limited(*args, **kwargs):
+        count[0] += 1
+        if count[0] == from_save:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+        return save(*args, **kwargs)
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does by itself: the write fails with EFBIG
+    if from_save:
+        checkpoint.save_checkpoint = limited
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
 def serve(order: dict) -> dict:
@@ -90,6 +164,58 @@ def serve(order: dict) -> dict:
     return answer | {"exit_seconds": None if signalled is None else end - signalled}
 
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
-for line in sys.stdin:
-    print(json.dumps(serve(json.loads(line))), flush=True)
+def open_one(order: dict, out: int) -> None:
+    """Open the store in this fork; tell when a build begins and ends, and what came of it."""
+    say = lambda *words: os.write(out, (" ".join(map(str, words)) + "\n").encode())
+    build = store._build
+
+    def noting(*args, **kwargs):
+        say("begins", os.getpid())
+        result = build(*args, **kwargs)
+        say("ends", os.getpid())
+        return result
+
+    store._build = noting
+    if "crash" in order:
+        crash(order)
+    try:
+        opened = store.open_store(order["data"], order["cache"], embeddings=order["embeddings"], progress=False, log=lambda _: None)
+        vectors = hash(tuple(opened.embedding(name).matrix.tobytes() for name in order["embeddings"]))
+        say("opened", os.getpid(), store.content_hash(opened), vectors)
+    except BaseException as error:
+        say("failed", os.getpid(), repr(error))
+    finally:
+        os._exit(0)
+
+
+def serve_builders(order: dict) -> dict:
+    """In: builders (how many open the store at once), data, cache, embeddings; kill (the first that builds dies so many seconds later);
+    crash, lose, calls as above. Out: events, each [seconds, word, process, ...], also "killed".
+    """
+    reader, writer = os.pipe()
+    begin, events, pids = time.monotonic(), [], []
+    for _ in range(order["builders"]):
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            open_one(order, writer)
+        pids.append(pid)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        for line in pipe:
+            word, pid, *more = line.split(maxsplit=2)
+            events.append([time.monotonic() - begin, word, int(pid), *more])
+            if word == "begins" and order.get("kill") is not None and not any(event[1] == "killed" for event in events):
+                time.sleep(order["kill"])
+                os.kill(int(pid), signal.SIGKILL)
+                events.append([time.monotonic() - begin, "killed", int(pid)])
+    for pid in pids:
+        os.waitpid(pid, 0)
+    return {"events": events}
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for line in sys.stdin:
+        order = json.loads(line)
+        print(json.dumps(serve_builders(order) if "builders" in order else serve(order)), flush=True)

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny import tiny_store
 
 import checkpoint as checkpoints
 from config import Config, with_values
 from dataset import make_splits
 from features import TableLayout
-from logger import RunLogger
+from logger import RunLogger, read_train_log
 from runs import RunPaths
+from synthetic import generate
 from trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +103,11 @@ class Driver:
 
     def run(self, flags: list, **how: object) -> dict:
         """Start main.py with these flags; how: see reliability_driver.py. Returns {"status", "seconds", "signalled"}."""
-        self.process.stdin.write(json.dumps({"flags": [str(flag) for flag in flags]} | how) + "\n")
+        return self.ask({"flags": [str(flag) for flag in flags]} | how)
+
+    def ask(self, order: dict) -> dict:
+        """One order to the process, one answer."""
+        self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         assert line, "the driver died"
@@ -121,3 +127,49 @@ def samples_of(path: Path) -> list:
             del seen[later]
         seen[step] = users
     return sorted(seen.items())
+
+
+# 54 training users, 14 steps an epoch; dropout and prefetching are on.
+RUN_SETTINGS = {
+    "model": {"hidden_units": 16, "num_blocks": 1, "num_heads": 2, "max_seq_length": 10, "dropout_rate": 0.3},
+    "training": {"batch_size": 4, "save_every_steps": 25, "keep_last_k": 3},
+    "loss": {"num_negatives": 8}, "data": {"num_workers": 2}, "eval": {"eval_every_epochs": 5, "baselines": False},
+    "system": {"log_every_steps": 10, "num_threads": 1, "tensorboard": False, "save_frequency": 5},
+}  # fmt: skip
+
+
+class Runs:
+    """Runs of the same settings in forks of one process; the undisturbed one is made first."""
+
+    def __init__(self, cwd: Path, steps: int, *flags: object) -> None:
+        self.cwd, self.steps, self.driver, self.flags = cwd, steps, Driver(cwd), flags
+        generate(cwd / "data", 60, 80, "jsonl", max_length=10, mean_length=7)
+        (cwd / "small.yaml").write_text(yaml.safe_dump(RUN_SETTINGS))
+        self.seconds = self.run("whole")["seconds"]
+        self.seconds = min(self.seconds, self.run("whole2")["seconds"])  # the first one compiled the store
+        self.whole = final_files(cwd / "whole/ckpt"), samples_of(cwd / "whole/samples")
+        assert len(self.whole[1]) == steps
+
+    def run(self, name: str, *flags: object, **how: object) -> dict:
+        (self.cwd / name).mkdir(exist_ok=True)
+        places = ["--log_path", f"{name}/log", "--checkpoint_path", f"{name}/ckpt", "--tensorboard_path", f"{name}/tb"]
+        command = ["--config", "small.yaml", "--data_path", "data", "--max_steps", self.steps, *places, *self.flags, *flags]
+        return self.driver.run(command, console=f"{name}/console", samples=f"{name}/samples", **how)
+
+    def console(self, name: str) -> str:
+        return (self.cwd / name / "console").read_text(errors="replace")
+
+    def status(self, name: str) -> dict:
+        return json.loads((self.cwd / name / "log/status.json").read_text())
+
+    def went_on_exactly(self, name: str, samples: bool = True) -> None:
+        """Resume until the run is finished, and compare it with the undisturbed one. samples: the users of each step too."""
+        done = self.run(name, "--resume")
+        text = self.console(name)
+        assert done["status"] == 0 and "Traceback" not in text, text[-2000:]
+        assert self.status(name)["state"] == "finished"
+        assert final_files(self.cwd / name / "ckpt") == self.whole[0]
+        assert not samples or samples_of(self.cwd / name / "samples") == self.whole[1]
+        logs = [read_train_log(self.cwd / n / "log/train.log") for n in (name, "whole")]
+        losses = [{r["global_step"]: r["loss"] for r in log if "loss" in r} for log in logs]
+        assert losses[0] == losses[1]

@@ -13,13 +13,13 @@ from tiny import tiny_store
 import checkpoint as checkpoints
 import parallel
 from actions import ActionConditioning, ActionHead, wanted_in_training
+from compatibility import check_compatible
 from dataset import BatchBuilder, make_splits, predict_split
 from ensemble import EnsembleRanker
 from errors import UserError
 from evaluate import wanted_actions
 from logger import read_train_log
 from schema import ANY_ACTION, CLICK
-from trainer import check_compatible
 
 KINDS = ["film", "gate"]
 

@@ -321,7 +321,8 @@ def test_twins_have_the_same_parts_and_lead_to_each_other():
 def test_a_difference_between_twins_is_found():
     rows = rows_of("| a | .0912 / 1,020 |\n```text\n| no |\n```\n|---|---|\n")
     assert rows == [["a", ".0912 / 1,020"], ["---", "---"]]
-    assert figures_of("20,000 of `a.py` at .5 ± 1.25") == [".5", "1.25", "20,000", "`a.py`"] != figures_of("20,001 of `a.py` at .5 ± 1.25")
+    assert figures_of("20,000 of `a.py` at .5 ± 1.25") == [".5", "1.25", "20,000", "`a.py`"]
+    assert figures_of("20,001 of `a.py` at .5 ± 1.25") != [".5", "1.25", "20,000", "`a.py`"]
 
 
 # ---- the extraction itself ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import threading
 
 import numpy as np
 import pytest
@@ -163,6 +164,30 @@ def test_a_file_size_limit_ends_the_logs_and_not_the_run(tmp_path):
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert 0 < len(lines(tmp_path / "train.log")) < 200
+
+
+def test_the_event_threads_full_disk_is_no_traceback(monkeypatch):
+    """Its error comes again at the next write; other threads' errors, and other errors of it, are shown as ever."""
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: shown.append(str(failure.exc_value)))
+    for _ in range(2):
+        logger._quiet_event_thread()
+
+    class _AsyncWriterThread(threading.Thread):
+        pass
+
+    def fail(error):
+        raise error
+
+    for kind, error in (
+        (_AsyncWriterThread, OSError(28, "full")),
+        (threading.Thread, OSError(5, "other")),
+        (_AsyncWriterThread, KeyError("k")),
+    ):
+        thread = kind(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+    assert shown == ["[Errno 5] other", "'k'"]
 
 
 def test_a_log_that_cannot_be_opened_warns_and_goes_on(tmp_path):

@@ -290,7 +290,7 @@ def test_dense_projection_equals_the_plain_formula():
 
 
 def test_event_dropout_hides_whole_events_in_training_alone(monkeypatch):
-    """With the element-wise dropout off, a query changes where an event at or before it is hidden, and nowhere else; never in evaluation."""
+    """With the other dropout off, a query changes where an event at or before it is hidden, and nowhere else; never in evaluation."""
     settings = {"dropout_rate": 0.0, "user_id": True}
     store, model, columns = make(**settings)
     _, hiding, _ = make(event_dropout=0.4, **settings)

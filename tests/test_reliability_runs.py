@@ -2,68 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import yaml
-from reliability_world import Driver, final_files, make_trainer, rounds, samples_of
+from reliability_world import Runs, final_files, make_trainer, rounds
 from tiny import tiny_store
 
 import checkpoint as checkpoints
-from logger import read_train_log
-from synthetic import generate
 
 pytestmark = pytest.mark.reliability
-# 54 training users, 14 steps an epoch; dropout and prefetching are on.
-SETTINGS = {
-    "model": {"hidden_units": 16, "num_blocks": 1, "num_heads": 2, "max_seq_length": 10, "dropout_rate": 0.3},
-    "training": {"batch_size": 4, "save_every_steps": 25, "keep_last_k": 3},
-    "loss": {"num_negatives": 8}, "data": {"num_workers": 2}, "eval": {"eval_every_epochs": 5, "baselines": False},
-    "system": {"log_every_steps": 10, "num_threads": 1, "tensorboard": False, "save_frequency": 5},
-}  # fmt: skip
-
-
-class Runs:
-    """Runs of the same settings in forks of one process; the undisturbed one is made first."""
-
-    def __init__(self, cwd: Path, steps: int) -> None:
-        self.cwd, self.steps, self.driver = cwd, steps, Driver(cwd)
-        generate(cwd / "data", 60, 80, "jsonl", max_length=10, mean_length=7)
-        (cwd / "small.yaml").write_text(yaml.safe_dump(SETTINGS))
-        self.seconds = self.run("whole")["seconds"]
-        self.seconds = min(self.seconds, self.run("whole2")["seconds"])  # the first one compiled the store
-        self.whole = final_files(cwd / "whole/ckpt"), samples_of(cwd / "whole/samples")
-        assert len(self.whole[1]) == steps
-
-    def run(self, name: str, *flags: object, **how: object) -> dict:
-        (self.cwd / name).mkdir(exist_ok=True)
-        places = ["--log_path", f"{name}/log", "--checkpoint_path", f"{name}/ckpt", "--tensorboard_path", f"{name}/tb"]
-        command = ["--config", "small.yaml", "--data_path", "data", "--max_steps", self.steps, *places, *flags]
-        return self.driver.run(command, console=f"{name}/console", samples=f"{name}/samples", **how)
-
-    def status(self, name: str) -> dict:
-        return json.loads((self.cwd / name / "log/status.json").read_text())
-
-    def went_on_exactly(self, name: str) -> None:
-        """Resume until the run is finished, and compare it with the undisturbed one."""
-        done = self.run(name, "--resume")
-        text = (self.cwd / name / "console").read_text()
-        assert done["status"] == 0 and "Traceback" not in text, text[-2000:]
-        assert self.status(name)["state"] == "finished"
-        assert final_files(self.cwd / name / "ckpt") == self.whole[0]
-        assert samples_of(self.cwd / name / "samples") == self.whole[1]
-        logs = [read_train_log(self.cwd / n / "log/train.log") for n in (name, "whole")]
-        losses = [{r["global_step"]: r["loss"] for r in log if "loss" in r} for log in logs]
-        assert losses[0] == losses[1]
-
-
-class Case(NamedTuple):
-    count: int
-    runs: Runs
 
 
 @pytest.fixture(scope="module")

@@ -152,6 +152,19 @@ def test_rejects_stop_or_are_listed(world: World, tmp_path: Path) -> None:
     assert any("offsets from 0" in w for w in store.summary["warnings"])
 
 
+def test_profiles_of_users_without_a_sequence_are_ignored(world: World, tmp_path: Path) -> None:
+    """user_feat may list more users than there are sequences; the row before a user's own is no second row of that user."""
+    folder = write_parquet(world, tmp_path / "b")
+    for path in sorted((folder / "seq").glob("*.parquet")):
+        table = pq.read_table(path)
+        pq.write_table(table.take(list(range(0, table.num_rows, 2))), path)
+    store = opened(folder, tmp_path / "cache")
+    kept = {user["id"]: user for user in world.users}
+    assert 20 < store.num_users < 30 and store.summary["rejected"] == 0
+    assert store.user_single.tolist() == [row(kept[user]["features"], USER_SINGLE) for user in store.user_ids.tolist()]
+    assert store.summary["ignored"]["rows of user_feat whose user has no sequence"] == 50 - store.num_users
+
+
 def test_users_of_parquet_without_a_profile_or_listed_twice_are_rejected(world: World, tmp_path: Path) -> None:
     folder = write_parquet(world, tmp_path / "b", parts=1)
     path = folder / "user_feat" / "part-00000.parquet"
