@@ -139,6 +139,8 @@ def open_store(data_path: str | Path, cache_path: str | Path, *, kind: str = "tr
                 if path.exists():
                     log(f"store {path.name}: incomplete in the cache, compiling it anew")
                 manifest = _build(source, path, fingerprint, max_bad_lines, progress=progress, log=log)
+    if cache_hit:
+        _sweep(cache, "")  # a builder may have died between naming its store and removing its scratch folder
     store = Store(path, manifest, source.data_path, cache_hit=cache_hit)
     for feature in features:
         _add_embedding(store, feature, max_bad_lines, progress=progress, log=log)

@@ -230,15 +230,16 @@ class Trainer:
         if whole:
             self.epoch, self.batch = self.epoch + 1, 0
         ends = self.step >= self.total_steps
-        valid_loss = None
-        is_best = False
+        valid_loss, is_best = None, False
         if ends or self.epoch % self.config.eval.eval_every_epochs == 0:
             try:
                 valid_loss, is_best = self._validate()
             except _StoppedError:
                 self.epoch, self.batch = trained  # the evaluation is due when the run goes on
                 return
-        if ends or is_best or self._out_of_patience() or self.epoch % self.config.system.save_frequency == 0:
+        every = self.config.training.save_every_steps
+        due = self.epoch % self.config.system.save_frequency == 0 or (every and self.step % every == 0)
+        if ends or is_best or due or self._out_of_patience():
             path = self.save(valid_loss)
             if whole:
                 checkpoints.link(self.run.checkpoint_dir, f"checkpoint_epoch_{self.epoch}.pt", path)

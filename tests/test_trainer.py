@@ -132,6 +132,13 @@ def test_checkpoints_links_and_what_is_kept(tmp_path):
         assert checkpoints.find_checkpoint(link) in folders
 
 
+def test_save_every_steps_holds_at_the_end_of_an_epoch_too(tmp_path):
+    trainer = make_trainer(tmp_path, save_every_steps=5, save_frequency=1000, eval_every_epochs=1000, keep_last_k=0, max_steps=18)
+    trainer.fit()
+    assert trainer.steps_per_epoch == 5
+    assert [checkpoints._step(path) for path in checkpoints.list_checkpoints(tmp_path)] == [5, 10, 15, 18]
+
+
 def test_max_steps_rules_over_epochs_and_patience(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=13, num_epochs=1, patience=1, learning_rate=1e-9)
     trainer.fit()
