@@ -395,12 +395,13 @@ def model_table(logger: RunLogger, trainer: Trainer) -> None:
 
 
 def same_command(*more: str) -> str:
-    """The command line of this run with other things asked for besides its settings."""
-    words, kept = iter(sys.argv[1:]), []
-    for word in words:
-        if word == "--resume_path":  # what the run went on from is not its newest checkpoint any more
-            next(words, None)
-        elif word not in ("--resume", "--overwrite", "--dry_run") and not word.startswith("--resume_path="):
+    """The command line of this run with other things asked for besides its settings; of a flag given in both, that of `more` stays."""
+    dropped = {"--resume", "--resume_path", "--overwrite", "--dry_run"} | {word for word in more if word.startswith("--")}
+    kept, keep = [], True
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            keep = word.split("=")[0] not in dropped
+        if keep:
             kept.append(word)
     return shlex.join(["python", "main.py", *kept, *more])
 

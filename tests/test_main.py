@@ -628,3 +628,11 @@ def test_run_sh_hands_on_a_mistake_in_config_yaml(clone):
     (clone / "config.yaml").write_text("model:\n  num_hedas: 2\n")
     done = run_sh(clone)
     assert done.returncode == 2 and "config.yaml:2" in done.stderr and "model.num_heads" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_command_to_go_on_drops_what_it_replaces(monkeypatch):
+    words = ["--config", "a.yaml", "--resume_path", "x", "--top_k", "5", "10", "--num_epochs=3", "--overwrite", "--lr", "0.1"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *words])
+    kept = "python main.py --config a.yaml --top_k 5 10"
+    assert main.same_command("--num_epochs", "6") == f"{kept} --lr 0.1 --num_epochs 6"
+    assert main.same_command("--resume") == f"{kept} --num_epochs=3 --lr 0.1 --resume"
