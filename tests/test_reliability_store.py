@@ -112,7 +112,7 @@ def test_a_crash_at_every_call_of_a_build(world, tmp_path, stride):
 
     count = crash_everywhere(world, cache, lambda: shutil.rmtree(cache, ignore_errors=True), check, stride)
     print(f"\n{count} crashes")
-    assert count > 100 and seen == {True, False}
+    assert count > 80 and seen == {True, False}
 
 
 def test_a_crash_at_every_call_that_replaces_vectors(world, tmp_path):
