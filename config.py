@@ -153,6 +153,8 @@ class TrainingConfig(_Group):
     ema_decay: float = setting(0.0, "Decay of an average of the weights over the updates, which is evaluated and saved in model.pt; .999"
                                " spans some 1,000 updates. It needs a second joint table, a third while evaluating or saving. 0 = off.",
                                minimum=0, below=1)  # fmt: skip
+    max_skipped_steps: int = setting(0, "Updates with a loss or gradient that is not finite that are left out, each with a warning, before"
+                                     " such a one stops the run; fp16 has its own count.", minimum=0)  # fmt: skip
     gradient_clip: float = setting(1.0, "Largest norm of the gradient, all weights and touched rows together; 0 = off.", minimum=0,
                                    aliases=("grad_clip",))  # fmt: skip
     precision: str = setting("fp32", "Arithmetic of the forward pass.", choices=("fp32", "bf16", "fp16"))

@@ -43,7 +43,7 @@ from updates import Updates
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOWER_IS_BETTER = ("loss",)
 PROGRESS = ("epoch", "batch", "step", "best_value", "best_name", "evaluations_since_best", "evaluated_step", "loss_sum", "loss_count",
-            "action_loss_sum")  # fmt: skip
+            "action_loss_sum", "skipped_steps")  # fmt: skip
 
 
 class _StoppedError(KeyboardInterrupt):
@@ -123,6 +123,7 @@ class Trainer:
         self.best_value, self.best_name, self.evaluations_since_best, self.evaluated_step = math.nan, "", 0, -1
         self._valid_metrics: dict = {}
         self.loss_sum, self.action_loss_sum, self.loss_count = 0.0, 0.0, 0  # since the last log line
+        self.skipped_steps = 0  # of those that max_skipped_steps allows
         self.stop_signal = 0
         self._may_stop_now = False  # a signal ends what is done now; else it waits for the end of the step
         self.ranker_of: Callable[[Ranker], Ranker] | None = None  # of the model's ranker makes the one that evaluates: an ensemble's
@@ -293,7 +294,7 @@ class Trainer:
             self.scaler.update(finite)
         if not finite and not (self.scaler.enabled and self.scaler.scale >= 1.0):
             worst = next((share for share, loss in zip(shares, losses) if not math.isfinite(loss)), shares[-1])
-            self._report_not_finite(worst.users, loss_value)
+            self._skip_or_stop(worst.users, loss_value)
         if finite:
             self.updates.apply(touched, clip_scale(norm, self.config.training.gradient_clip) / loss_scale, self.step)
             self.loss_sum, self.loss_count = self.loss_sum + loss_value, self.loss_count + 1
@@ -307,16 +308,25 @@ class Trainer:
         dtype = AUTOCAST.get(self.config.training.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
-    def _report_not_finite(self, rows: Tensor, loss: float) -> None:
-        """Raise RunError before anything is updated, naming tensors and samples; rows: the batch's users (B,)."""
+    def _skip_or_stop(self, rows: Tensor, loss: float) -> None:
+        """A step that is not finite: nothing is updated; warn up to max_skipped_steps times, else RunError. rows: the batch's users (B,).
+
+        Both name tensors and samples. Weights that are not finite stop the run: no later batch would mend them.
+        """
         bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         weights = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
         users = ", ".join(self.store.raw_user_ids.take(rows[:5].cpu().numpy()))
         tensors = ", ".join(["weights of " + name for name in weights] + ["gradient of " + name for name in bad][:5]) or "rows of the table"
+        what = f"step {self.step + 1}, epoch {self.epoch}: loss {loss}, gradient norm {self._last_norm}"
+        where = f"not finite: {tensors}; the batch's users begin with {users}."
+        most = self.config.training.max_skipped_steps
+        if self.skipped_steps < most and not weights:
+            self.skipped_steps += 1
+            self.logger.warn_once(f"{what}; skipped, {self.skipped_steps} of at most {most}; {where}")
+            return
         raise RunError(
-            f"step {self.step + 1}, epoch {self.epoch}: loss {loss}, gradient norm {self._last_norm}; stopped before the update.\n"
-            f"not finite: {tensors}; the batch's users begin with {users}.\n"
-            "Lower learning_rate, set gradient_clip, or look at these users' data."
+            f"{what}; stopped before the update.\n{where}\n"
+            "Lower learning_rate, set gradient_clip, or look at these users' data; max_skipped_steps leaves some of such steps out."
         )
 
     # ---- logs ----
@@ -339,7 +349,8 @@ class Trainer:
             }
             | ({"action_loss": self.action_loss_sum / max(1, self.loss_count)} if self.model.action_head is not None else {})
             | self._expert_shares()
-            | ({"loss_scale": self.scaler.scale, "skipped_steps": self.scaler.skipped} if self.scaler.enabled else {})
+            | ({"loss_scale": self.scaler.scale} if self.scaler.enabled else {})
+            | ({"skipped_steps": skipped} if (skipped := self.scaler.skipped + self.skipped_steps) or self.scaler.enabled else {})
             | ({"temperature": self._temperature()} if self.config.loss.learn_temperature else {})
         )
         self.loss_sum, self.action_loss_sum, self.loss_count = 0.0, 0.0, 0

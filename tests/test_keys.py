@@ -187,6 +187,7 @@ CASES = {
     "min_lr_ratio": Case(0.9, lambda seen: min(rates(seen)) < 9e-4, (True, False)),
     "lr_step_epochs": Case(2, rates, ([1e-3] * 4 + [5e-4] * 4, [1e-3] * 8), {"lr_scheduler": "step"}),
     "lr_gamma": Case(0.1, rates, ([1e-3] * 4 + [5e-4] * 4, [1e-3] * 4 + [1e-4] * 4), {"lr_scheduler": "step"}),
+    "max_skipped_steps": Case(100, status, (1, 0), base={"temperature": 1e-39}),  # every loss overflows
     "gradient_clip": Case(0.0, losses, base={"learning_rate": 0.01}),
     "precision": Case("bf16", losses),
     "compile": Case(True, called("compiled encoders"), (0, 1)),  # noted, not done: it takes a minute

@@ -223,6 +223,34 @@ def test_what_is_not_finite_stops_the_run_before_the_update(tmp_path, what, sett
 
 
 @pytest.mark.fast
+def test_steps_that_are_not_finite_are_skipped_up_to_a_number(tmp_path):
+    """Row 9: with max_skipped_steps 2 the third one stops; skipped ones leave all weights as they were, are warned of, logged and saved."""
+    trainer = make_trainer(tmp_path, num_workers=0, max_skipped_steps=2)
+    update, same, good = trainer._update, [], trainer.loss
+
+    def spoiled(batch, features) -> None:
+        trainer.__dict__["loss"] = Spoiled(good, NAN) if trainer.step in (2, 5, 9) else good
+        before = learnt(trainer)
+        update(batch, features)
+        same.append(before == learnt(trainer))
+
+    trainer._update = spoiled
+    with pytest.raises(RunError, match="step 10, .*stopped before the update"):
+        trainer.fit()
+    assert [step for step, unchanged in enumerate(same) if unchanged] == [2, 5]
+    log = [record for record in read_train_log(tmp_path / "train.log") if "loss" in record]
+    assert [record.get("skipped_steps", 0) for record in log] == [0, 0, 1, 1, 1, *[2] * (len(log) - 5)]
+
+
+@pytest.mark.fast
+def test_weights_that_are_not_finite_are_not_skipped(tmp_path):
+    trainer = make_trainer(tmp_path, num_workers=0, max_skipped_steps=5)
+    in_weight("user_token", NAN)(trainer)
+    with pytest.raises(RunError, match="weights of user_token"):
+        trainer.fit()
+
+
+@pytest.mark.fast
 def test_float16_skips_are_counted_in_the_log_and_the_checkpoint(tmp_path):
     """Row 9: an overflow of float16 is skipped, the weights are as before, and train.log tells how often that was."""
     trainer = make_trainer(tmp_path, precision="fp16", num_workers=0)
