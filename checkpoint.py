@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from errors import RunError, UserError, disk_full
+from errors import ForeignFormatError, RunError, UserError, disk_full
 
 FORMAT_VERSION = 2
 MODEL, TRAINER, META = "model.pt", "trainer.pt", "meta.json"
@@ -296,7 +296,8 @@ def list_checkpoints(root: Path) -> list[Path]:
 def newest_valid(root: Path, log: Callable[[str], None] = print) -> Path | None:
     """The checkpoint of the highest step whose files are all there with the right hashes; None without one.
 
-    log: is told each damaged one that was passed over, with the reason.
+    log: is told each damaged one that was passed over, with the reason. UserError where one cannot be read (a disk that fails, no
+    permission) or is of another format: it may be whole, and a run must not go on from before it.
     """
     for path in reversed(list_checkpoints(root)):
         try:
@@ -304,8 +305,14 @@ def newest_valid(root: Path, log: Callable[[str], None] = print) -> Path | None:
             for name in (MODEL, TRAINER):
                 _verify(path / name, meta["files"][name])
             return path
-        except (UserError, OSError) as error:
+        except ForeignFormatError:
+            raise
+        except UserError as error:
             log(f"damaged checkpoint passed over: {' '.join(str(error).split())}")
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or path}: cannot be read: {error.strerror}. It may be whole: mend that, or move {path.name} away."
+            ) from None
     return None
 
 
@@ -411,7 +418,9 @@ def read_meta(folder: Path) -> dict:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint's {META}: {type(error).__name__}: {error}. Take another checkpoint.") from None
     if version != FORMAT_VERSION or not known:
-        raise UserError(f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}. Use the version of this project that wrote it.")
+        raise ForeignFormatError(
+            f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}. Use the version of this project that wrote it."
+        )
     return meta
 
 
@@ -559,8 +568,11 @@ def set_aside_newer(root: Path, step: int, log: Callable[[str], None] = print) -
     """
     moved = []
     for path in [path for path in list_checkpoints(root) if _step(path) > step]:
-        target = path.with_name(SET_ASIDE + path.name.removeprefix(REPLACED))
-        shutil.rmtree(target, ignore_errors=True)
+        wished = target = path.with_name(SET_ASIDE + path.name.removeprefix(REPLACED))
+        count = 1
+        while target.exists():
+            count += 1
+            target = wished.with_name(f"{wished.name}-{count}")
         for name in _links_to(Path(root), path):
             (Path(root) / name).unlink()
         os.rename(path, target)

@@ -167,7 +167,7 @@ def read_ensemble(path: Path) -> Ensemble:
         rows = [(f"member{int(row['member'])}", float(row["weight"])) for row in tree["members"]]
         if tree["format_version"] != FORMAT_VERSION or tree["scores"] not in SCORES or not rows or min(weight for _, weight in rows) <= 0:
             raise ValueError("unknown version or scores, no members, or a weight that is not above 0")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / ENSEMBLE}: not what combine.py writes ({type(error).__name__}: {error}). Make the folder again."
         ) from None

@@ -30,6 +30,10 @@ class UserError(ValueError):
     """
 
 
+class ForeignFormatError(UserError):
+    """A file that another version of this project wrote: whole, and not to be read here."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on: a loss that is not finite, a full disk. Exit status 1."""
 

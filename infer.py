@@ -23,6 +23,7 @@ from dataset import predict_split
 from ensemble import ENSEMBLE, Ensemble, read_ensemble
 from errors import ArgumentParser, UserError, run_cli
 from evaluate import Ranker, Ranking, wanted_actions
+from machine import torch_warning
 from schema import ACTION_NAMES, NUM_ACTION_TYPES
 from serve import Answerer, Served, creative_ids, open_served, serve_lines
 
@@ -39,6 +40,8 @@ def infer() -> tuple[list[list[int | str]], list[str]]:
     """
     model_path, data_path = _folder("MODEL_OUTPUT_PATH", "the checkpoint's folder"), _folder("EVAL_DATA_PATH", "the data to predict")
     result_path = os.environ.get("EVAL_RESULT_PATH") or ""
+    if warning := torch_warning():
+        print(f"warning: {warning}")
     ensemble = read_ensemble(_checkpoint_in(model_path))
     cache_path = os.environ.get("USER_CACHE_PATH") or (os.path.join(result_path, "cache") if result_path else "./cache")
     served = open_served(ensemble, data_path, "predict", Path(cache_path), _device())
@@ -77,7 +80,7 @@ def read_action_types(path: Path) -> dict[str, int]:
     """user_action_type.json: {raw user id: action type of the event to predict}. UserError where it is anything else."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}. Mend it or remove it.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected {{user id: action type}}, found {type(tree).__name__}. Mend it or remove it.")
@@ -149,6 +152,8 @@ def opened(options: Namespace) -> Served:
     path = Path(options.state_dict_path)
     if not path.exists():
         raise UserError(f"--state_dict_path {path}: no such file or folder; it names a checkpoint or an ensemble.")
+    if warning := torch_warning():
+        print(f"warning: {warning}", file=sys.stderr)
     ensemble = read_ensemble(_checkpoint_in(path, "--state_dict_path "))
     paths = ensemble.members[0].config.paths
     kind = "predict" if os.environ.get("EVAL_DATA_PATH") and not options.data_path else "train"
@@ -158,7 +163,7 @@ def opened(options: Namespace) -> Served:
             f"{data_path}: no such data folder, from which the items' features come.\n"
             "Name the training data by --data_path, or users to predict and candidates by EVAL_DATA_PATH."
         )
-    cache_path = os.environ.get("USER_CACHE_PATH") or paths.cache_path or "./cache"
+    cache_path = os.environ.get("USER_CACHE_PATH") or "./cache"  # not meta.json's: a stranger's file must not say where things are written
 
     def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)  # stdout is for answers alone

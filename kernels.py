@@ -317,6 +317,7 @@ _SIGNATURES = {
     _draw_negatives: "i4[:] i8[:] i8[:] i8[:] i8[:] i8[:] i8 i8 u8 i8",
 }
 _lock = threading.Lock()
+_numba_lock = threading.Lock()
 _scratch = threading.local()
 _thread: threading.Thread | None = None
 _kernels: Kernels | None = None
@@ -332,9 +333,19 @@ def _load() -> None:
     _kernels = Kernels(*(compile_loop(numba, function, text) for function, text in _SIGNATURES.items()))
 
 
-@cache
 def usable_numba():
-    """The module, or None where it is not installed, is older than the numpy here, or is told not to compile."""
+    """The module, or None where it is not installed, is older than the numpy here, or is told not to compile.
+
+    One thread at a time: the loops of the loader, of the readers and of the step ask for it from threads of their own. Where two import
+    numba at once, Python may hand one of them half a module to break a deadlock; that would pass for "not installed", and the run would
+    silently draw other dropout masks.
+    """
+    with _numba_lock:
+        return _find_numba()
+
+
+@cache
+def _find_numba():
     try:
         import numba
         import numba.extending

@@ -156,7 +156,7 @@ def _mend_last_line(path: Path) -> int:
         start = data.rfind(b"\n") + 1
         try:
             json.loads(data[start:])
-        except ValueError:
+        except (ValueError, RecursionError):
             file.truncate(start)
             return len(data) - start
         file.write(b"\n")

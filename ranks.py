@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def read_ranks(folder: Path) -> Ranks | None:
     try:
         with np.load(Path(folder) / RANKS, allow_pickle=False) as data:
             ranks = Ranks(*(data[name].astype(np.int64) for name in Ranks._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return None
     shapes = ranks.user.ndim == ranks.rank.ndim == 1 and len(ranks.user) == len(ranks.rank) and ranks.topk_ids.ndim == 2
     return ranks if shapes else None

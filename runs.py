@@ -61,7 +61,7 @@ class RunPaths:
     """A run's folders, all made. resume_from: the valid checkpoint to go on with, None for a run from the start.
 
     continued: the folder held this run before, so logs are appended to. before: its status then.
-    lock: kept open as long as the run lives.
+    locks: of log_dir and checkpoint_dir, kept open as long as the run lives.
     """
 
     log_dir: Path
@@ -71,7 +71,7 @@ class RunPaths:
     resume_from: Path | None = None
     continued: bool = False
     before: dict = field(default_factory=dict, repr=False, compare=False)
-    lock: IO[str] | None = field(default=None, repr=False, compare=False)
+    locks: tuple[IO[str], ...] = field(default=(), repr=False, compare=False)
 
 
 # ---- status -------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def prepare_run(
         run = _resume_newest(paths, name, base, log)
     else:
         run = _new_folders(paths, name, base)
-    lock = _open_folders(run)
+    locks = _open_folders(run)
     if not (resume or resume_path):
         _refuse_or_clear(run, overwrite)
     clean_temporary(run.checkpoint_dir)
@@ -162,7 +162,7 @@ def prepare_run(
     where = {"checkpoint_path": str(run.checkpoint_dir.resolve()), "tensorboard_path": str(run.tensorboard_dir.resolve())}
     if not write_status(run.log_dir, "running", step, "", name=run.name, **where):
         raise disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), run.log_dir / STATUS, SMALL_FILE_BYTES)
-    return replace(run, lock=lock, before=before)
+    return replace(run, locks=locks, before=before)
 
 
 def restore_status(run: RunPaths) -> None:
@@ -218,27 +218,51 @@ def _make_folder(path: Path, key: str) -> None:
         raise UserError(f"{key}: {path} cannot be written to. Point {key} at a folder that can be written.")
 
 
-def _open_folders(run: RunPaths) -> IO[str] | None:
-    """Make the folders and take the run's lock; UserError when a living process holds it."""
+def _open_folders(run: RunPaths) -> tuple[IO[str], ...]:
+    """Make the folders and take the locks of log_dir and checkpoint_dir; UserError when a living process holds one."""
     for path, key in ((run.log_dir, "log_path"), (run.tensorboard_dir, "tensorboard_path"), (run.checkpoint_dir, "checkpoint_path")):
         _make_folder(path, key)
-    lock, holder = _take_lock(run.log_dir)
-    if holder:
-        raise UserError(f"{run.log_dir}: a run is going on there (process {holder}). Wait for its end, or choose another log_path.")
-    return lock
+    owner = owner_of(run.checkpoint_dir)
+    locks = []
+    for path, key in dict.fromkeys([(run.log_dir, "log_path"), (run.checkpoint_dir, "checkpoint_path")]):
+        if key == "checkpoint_path" and path.resolve() == run.log_dir.resolve():
+            continue
+        lock, holder = _take_lock(path, owner if key == "checkpoint_path" and owner else run.log_dir.resolve())
+        if holder:
+            raise UserError(f"{path}: a run is going on there (process {holder}). Wait for its end, or choose another {key}.")
+        locks += [lock] if lock is not None else []
+    return tuple(locks)
 
 
-def _take_lock(log_dir: Path) -> tuple[IO[str] | None, int]:
+def owner_of(checkpoint_dir: Path) -> Path | None:
+    """The run folder whose checkpoints lie here, as its lock file says; None where it says nothing, or where that folder is gone."""
+    try:
+        words = (Path(checkpoint_dir) / LOCK).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    owner = Path(words[1]) if len(words) > 1 else None
+    return owner if owner is not None and (owner / STATUS).is_file() else None
+
+
+def _belongs_to_another(checkpoint_dir: Path, log_dir: Path) -> Path | None:
+    """The other run whose checkpoints these are: a copied run folder still names those of the run it was copied from."""
+    owner = owner_of(checkpoint_dir)
+    return owner if owner is not None and owner != Path(log_dir).resolve() else None
+
+
+def _take_lock(folder: Path, owner: Path | None = None) -> tuple[IO[str] | None, int]:
     """(open lock file, 0), or (None, process that holds it). The system frees the lock of a killed process by itself.
 
     (None, 0) where the file system has no locks, or where this very process holds it: a second run in one process follows the first.
+    owner: the run folder that the lock file is to name; None leaves what it names.
     """
-    lock = open(Path(log_dir) / LOCK, "a+", encoding="utf-8")
+    owner = owner or owner_of(folder)
+    lock = open(Path(folder) / LOCK, "a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        text = lock.read().strip()
+        text = (lock.read().splitlines() or [""])[0].strip()
         lock.close()
         holder = int(text) if text.isdigit() else -1
         return None, 0 if holder == os.getpid() else holder
@@ -246,7 +270,7 @@ def _take_lock(log_dir: Path) -> tuple[IO[str] | None, int]:
         lock.close()
         return None, 0
     lock.truncate(0)
-    lock.write(str(os.getpid()))
+    lock.write(f"{os.getpid()}\n" + (f"{owner}\n" if owner is not None else ""))
     lock.flush()
     return lock, 0
 
@@ -279,6 +303,11 @@ def _refuse_or_clear(run: RunPaths, overwrite: bool) -> None:
             f"{trace} belongs to another run; a new run never writes into its folder.\n"
             "Give --resume to go on with it, --overwrite to remove it and start anew, or other paths."
         )
+    if other := _belongs_to_another(run.checkpoint_dir, run.log_dir):
+        raise UserError(
+            f"{run.checkpoint_dir} holds the checkpoints of the run in {other}; --overwrite removes those of {run.log_dir} alone.\n"
+            "Give another checkpoint_path."
+        )
     _clear(run.log_dir, run.checkpoint_dir, run.tensorboard_dir)
 
 
@@ -305,6 +334,10 @@ def clear_folders(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: P
     lock, holder = _take_lock(log_dir)
     if holder:
         return False
+    if checkpoint_dir is not None and _belongs_to_another(checkpoint_dir, log_dir):
+        checkpoint_dir = None
+    if checkpoint_dir is not None:
+        (checkpoint_dir / LOCK).unlink(missing_ok=True)
     _clear(log_dir, checkpoint_dir, tensorboard_dir)
     (log_dir / LOCK).unlink(missing_ok=True)
     if lock is not None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kernels import usable_numba
 from schema import IGNORED_FEATURES
 from sources import INT32_MAX
 
@@ -304,15 +305,11 @@ def _items(data, end, highest, codes, kinds, single, counts, values, filled, col
 
 def _load() -> None:
     global _loops
-    try:
-        import numba
-        from numba.extending import register_jitable
-    except ImportError:  # not installed, or older than the numpy here
-        return
-    if numba.config.DISABLE_JIT:  # plain loops over bytes would be far slower than orjson
+    numba = usable_numba()
+    if numba is None:
         return
     for inner in (_space, _mark, _null, _whole, _value, _slot, _list, _features):
-        register_jitable(inner)
+        numba.extending.register_jitable(inner)
     read, i8, u8 = (numba.types.Array(t, 1, "C", readonly=True) for t in (numba.uint8, numba.int64, numba.uint64))
     side = (u8, i8, numba.int32[:, ::1], numba.int64[:, ::1], numba.int32[:, ::1], numba.int64[::1], numba.int64[::1])
     out = numba.int64[::1]

@@ -1,11 +1,11 @@
 """Runs main.py in forks of itself and signals them: a line of JSON in, one out. Started by reliability_world.Driver.
 
 In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); descriptors (file, how many are open);
-signal, with after (seconds from the first step), at_start (seconds from the fork) or in_save (the run's n-th write, fsync or rename of a
-checkpoint); crash (the run's n-th call that changes the disk, store and logs included; 0 = none) with lose (folders where what was not
-fsynced by then is cut in half, as a power cut may leave it) and calls (file, takes the name of each such call and each finished save);
-limit (bytes that a file may have), from_save (only from the n-th save on). Out: status (of waitpid, negative for a signal), seconds from
-the first step to the end, exit_seconds from the signal to it.
+signal, with after (seconds from the first step), at_start (seconds from the fork) or in_save (see kill_in_save); crash (the run's n-th
+call that changes the disk, store and logs included; 0 = none) with lose (folders where what was not fsynced by then is cut in half, as a
+power cut may leave it) and calls (file, takes the name of each such call and each finished save); limit (bytes that a file may have),
+from_save (only from the n-th save on). Out: status (of waitpid, negative for a signal), seconds from the first step to the end,
+exit_seconds from the signal to it.
 """
 
 import builtins
@@ -39,7 +39,7 @@ def child(order: dict, ready: int) -> None:
             os.write(ready, b"x")
             started.append(True)
         if samples:
-            line = json.dumps([self.epoch * 100_000 + self.batch, batch.users.tolist()]) + "\n"
+            line = json.dumps([self.step, batch.users.tolist()]) + "\n"
             descriptor = os.open(samples, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.write(descriptor, line.encode())
             os.close(descriptor)
@@ -50,19 +50,7 @@ def child(order: dict, ready: int) -> None:
 
     trainer.Trainer._accumulate = log_samples
     if "in_save" in order:
-        count = [0]
-
-        def killing(function):
-            def wrapped(*args):
-                count[0] += 1
-                if count[0] == order["in_save"]:
-                    os.kill(os.getpid(), order["signal"])
-                return function(*args)
-
-            return wrapped
-
-        checkpoint._HashingFile.write = killing(checkpoint._HashingFile.write)
-        os.fsync, os.rename = killing(os.fsync), killing(os.rename)
+        kill_in_save(order)
     if "crash" in order:
         crash(order)
     if "limit" in order:
@@ -75,6 +63,32 @@ def child(order: dict, ready: int) -> None:
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def kill_in_save(order: dict) -> None:
+    """order["in_save"]: [save, kind, n]: the signal comes at the n-th call of a kind within that save, links and pruning included."""
+    wanted, kind, place = order["in_save"]
+    saves, calls = [0], [0]
+
+    def killing(name, function):
+        def wrapped(*args, **kwargs):
+            if name == kind and saves[0] == wanted:
+                calls[0] += 1
+                if calls[0] == place:
+                    os.kill(os.getpid(), order["signal"])
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    save = checkpoint.save_checkpoint
+
+    def counted(*args, **kwargs):
+        saves[0] += 1
+        return save(*args, **kwargs)
+
+    checkpoint.save_checkpoint = counted
+    checkpoint._HashingFile.write = killing("write", checkpoint._HashingFile.write)
+    os.fsync, os.rename = killing("fsync", os.fsync), killing("rename", os.rename)
 
 
 def crash(order: dict) -> None:

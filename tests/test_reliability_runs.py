@@ -32,29 +32,34 @@ def worlds(tmp_path_factory):
 @pytest.mark.parametrize("count", rounds(50, 2))
 def test_kill_9_at_random_moments(worlds, count):
     """Row 1: a fifth of the kills inside a save, at a random write, fsync or rename of it."""
-    runs, chance = worlds(600 if count > 5 else 60), random.Random(1)
-    killed = 0
-    for number in range(count):
-        name = f"killed{number}"
-        if number % 5 == 0:
-            how = {"in_save": chance.randrange(2, 600 if count > 5 else 120)}
-        else:
-            how = {"after": chance.uniform(0.0, runs.seconds)}
+    steps = 600 if count > 5 else 60
+    runs, chance = worlds(steps), random.Random(1)
+    killed = {"in a save": 0, "elsewhere": 0}
+    in_saves = max(1, count // 5)
+    wanted = {"in a save": in_saves, "elsewhere": count - in_saves}
+    number = 0
+    while killed != wanted and number < 3 * count:
+        name, number = f"killed{number}", number + 1
+        where = "in a save" if killed["in a save"] < in_saves else "elsewhere"
+        how: dict = {"after": chance.uniform(0.0, runs.seconds)}
+        if where == "in a save":  # a save of this run makes some 620 writes, 5 fsyncs and a rename
+            kind = chance.choice(["write", "fsync", "rename"])
+            how = {"in_save": [chance.randint(1, steps // 25), kind, chance.randint(1, {"write": 600, "fsync": 5, "rename": 1}[kind])]}
         done = runs.run(name, signal=int(signal.SIGKILL), **how)
-        killed += done["status"] == -signal.SIGKILL
+        assert where == "elsewhere" or done["status"] == -signal.SIGKILL, how
+        killed[where] += done["status"] == -signal.SIGKILL
         runs.went_on_exactly(name)
-    assert killed >= 0.7 * count, f"only {killed} of {count} runs were killed before they ended"
+    assert killed == wanted
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-# Not in the default run: beside another process its final files differed once from the undisturbed run's, and why is not known yet.
-@pytest.mark.parametrize("count", rounds(20, 1)[1:])
+@pytest.mark.parametrize("count", rounds(20, 1))
 def test_signals_at_random_moments(worlds, number, count):
     """Row 12: at any moment from the first step to the last byte of the report."""
     runs, chance = worlds(600 if count > 5 else 60), random.Random(int(number))
-    interrupted = 0
-    for turn in range(count):
-        name = f"signal{number}-{turn}"
+    interrupted = turn = 0
+    while interrupted < count and turn < 3 * count:
+        name, turn = f"signal{number}-{turn}", turn + 1
         done = runs.run(name, signal=int(number), after=chance.uniform(0.0, 1.0) * runs.seconds)
         if done["exit_seconds"] is None:
             continue  # it was done before
@@ -66,7 +71,7 @@ def test_signals_at_random_moments(worlds, number, count):
         status = runs.status(name)
         assert status["state"] == "interrupted"
         runs.went_on_exactly(name)
-    assert interrupted >= 0.5 * count
+    assert interrupted == count
 
 
 class TestAnotherNumberOfWorkers:

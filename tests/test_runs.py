@@ -43,8 +43,8 @@ def prepare(tmp_path, monkeypatch):
     def call(given=None, **options):
         call.lines.clear()
         run = runs.prepare_run(given or paths(), now=options.pop("now", NOW), log=call.lines.append, **options)
-        if run.lock is not None:
-            run.lock.close()
+        for lock in run.locks:
+            lock.close()
         return run
 
     call.lines = []
@@ -120,7 +120,7 @@ def test_overwrite_removes_the_runs_files_and_no_others(prepare, tmp_path):
     again = prepare(paths(tmp_path / "log"), overwrite=True)
     assert again.checkpoint_dir == run.checkpoint_dir  # found through status.json, not a second folder beside it
     assert sorted(os.listdir(run.log_dir)) == [".lock", "notes.md", "status.json"]
-    assert os.listdir(run.checkpoint_dir) == ["mine.pt"] and os.listdir(run.tensorboard_dir) == []
+    assert sorted(os.listdir(run.checkpoint_dir)) == [".lock", "mine.pt"] and os.listdir(run.tensorboard_dir) == []
     with pytest.raises(UserError, match="--overwrite starts anew and --resume goes on"):
         prepare(overwrite=True, resume=True)
 
@@ -159,7 +159,7 @@ def test_resume_passes_over_a_damaged_checkpoint_and_sets_it_aside(prepare):
     assert resumed.resume_from == old
     text = "\n".join(prepare.lines)
     assert "damaged checkpoint passed over" in text and "global_step20" in text and "set aside" in text
-    assert sorted(os.listdir(run.checkpoint_dir)) == ["damaged-" + new.name, old.name]
+    assert sorted(os.listdir(run.checkpoint_dir)) == [".lock", "damaged-" + new.name, old.name]
 
 
 def test_resume_without_a_valid_checkpoint_starts_in_a_new_folder(prepare):
@@ -349,3 +349,62 @@ def test_start_files_and_environment(tmp_path):
     text = json.dumps(read)
     assert socket.gethostname() not in text and getpass.getuser() not in text.replace("root", "") and str(Path.home()) + "/" not in text
     assert sorted(os.listdir(tmp_path)) == ["command.txt", "config.resolved.yaml", "environment.json"]
+
+
+def test_overwriting_a_copied_run_leaves_the_checkpoints_of_the_one_it_was_copied_from(prepare, tmp_path):
+    """A copy's status.json still names the original's checkpoints."""
+    original = prepare()
+    save(original.checkpoint_dir, 3)
+    copy = tmp_path / "logs/copy"
+    shutil.copytree(original.log_dir, copy)
+    with pytest.raises(UserError, match="holds the checkpoints of the run in"):
+        prepare(paths(copy), overwrite=True)
+    assert len(ck.list_checkpoints(original.checkpoint_dir)) == 1
+    assert runs.clear_folders(copy, original.checkpoint_dir, None)
+    assert len(ck.list_checkpoints(original.checkpoint_dir)) == 1 and not copy.exists()
+    assert len(ck.list_checkpoints(prepare(paths(original.log_dir), overwrite=True).checkpoint_dir)) == 0
+
+
+def test_two_runs_do_not_share_a_checkpoint_folder(prepare, tmp_path):
+    """While another process's run lives there, nothing in it is cleaned or renamed."""
+    (tmp_path / "ckpt/.tmp-x-1").mkdir(parents=True)
+    hold = "import fcntl, sys, os, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX)\n"
+    hold += "f.write(str(os.getpid())); f.flush(); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "ckpt/.lock")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"ckpt: a run is going on there \(process {holder.pid}\)"):
+            prepare(paths(tmp_path / "other", checkpoint=tmp_path / "ckpt"))
+        assert (tmp_path / "ckpt/.tmp-x-1").is_dir()
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_resuming_does_not_take_what_cannot_be_read_for_damaged(prepare, monkeypatch):
+    """A disk that fails for the moment, or another version's checkpoint, must not throw a run back to its start."""
+    run = prepare()
+    save(run.checkpoint_dir, 3)
+    name = save(run.checkpoint_dir, 6).name
+
+    def failing(path, expected):
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ck, "_verify", failing)
+        with pytest.raises(UserError, match="Input/output error.*may be whole"):
+            prepare(resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(ck, "FORMAT_VERSION", 3)
+        with pytest.raises(UserError, match="format_version is 2; expected 3"):
+            prepare(resume=True)
+    assert len(ck.list_checkpoints(run.checkpoint_dir)) == 2
+    assert prepare(resume=True).resume_from.name == name
+
+
+def test_what_was_set_aside_before_stays(tmp_path):
+    lines = []
+    for _ in range(2):
+        save(tmp_path, 6, 1.0)
+        ck.set_aside_newer(tmp_path, 3, lines.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"damaged-global_step6.valid_loss=1.0000{end}" for end in ("", "-2")]
