@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config import Config
 from errors import UserError
-from features import TableLayout
+from features import TableLayout, known_items_digest
 from model import heads_of
 
 # Settings that decide which samples form which batch: a run that goes on with others would repeat or lose users.
@@ -39,6 +39,15 @@ def check_compatible(meta: dict, config: Config, layout: TableLayout, embeddings
         raise UserError(f"{path}: a checkpoint of another model ({'; '.join(different)}).\nGive its settings, or another checkpoint.")
 
 
+def check_items(meta: dict, store, path: Path) -> None:
+    """UserError where the checkpoint's item numbers mean other items than the store's. Quick where it is the store of the training."""
+    if meta["store"] != store.manifest["fingerprint"] and meta["item_ids"] != known_items_digest(store):
+        raise UserError(
+            f"{path}: trained on {meta['num_items']:,} items of other creative ids: an item's number means another one in these data.\n"
+            "Give data of the same data set, or --allow_other_data to take it all the same."
+        )
+
+
 def changed_since(meta: dict, config: Config, store, path: Path) -> Iterator[str]:
     """What a run that goes on with a checkpoint has to say of data and settings that changed since, a line each.
 
@@ -51,6 +60,7 @@ def changed_since(meta: dict, config: Config, store, path: Path) -> Iterator[str
                 f"--resume: {path} was trained on {there:,} {name}, the data now holds {here:,}.\n"
                 "Give the run's own data, or start a new run from its weights with --state_dict_path."
             )
+    check_items(meta, store, path)
     if meta["store"] != store.manifest["fingerprint"]:
         yield f"the data's files are not the ones that {path.name} was trained on, but as many users and events; going on."
     # What a setting that came later than the checkpoint would have been then: its default.

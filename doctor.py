@@ -39,7 +39,7 @@ def examine(
     try:
         device = choose_device(config)
     except UserError as error:
-        found.append(Finding(FAIL, "settings.device", _one_line(error)))
+        found.append(_failed("settings.device", error))
     data_found, data, scratch = _open(config, open_data)
     try:
         found += check_settings(config, data, device)
@@ -47,7 +47,7 @@ def examine(
             found += check_sizes(config, data, device)
         found += data_found
         if data is not None:
-            found += [*check_indexer(data.store), *check_store(config, data), *check_candidates(config, data.store)]
+            found += [*check_store(config, data), *check_indexer(data.store), *check_candidates(config, data.store)]
     finally:
         del data
         if scratch is not None:
@@ -60,20 +60,22 @@ def _open(config: Config, open_data: Callable) -> tuple[list[Finding], Data | No
     silent: Callable[[str], None] = lambda _: None
     try:
         return [], open_data(config, silent), None
-    except UserError as error:
-        first = Finding(FAIL, "data.read", _one_line(error))
+    except (UserError, OSError) as error:
+        first = _failed("data.read", error)
     scratch = scratch_near(Path(config.paths.cache_path))
     tolerant = with_values(config, max_bad_lines=ALL_LINES, cache_path=str(scratch))
     try:
         return [first], open_data(tolerant, silent), scratch
-    except UserError as error:
-        second = Finding(FAIL, "data.read", _one_line(error))
+    except (UserError, OSError) as error:
+        second = _failed("data.read", error)
         shutil.rmtree(scratch, ignore_errors=True)
         return [first] if second == first else [first, second], None, None
 
 
-def _one_line(error: UserError) -> str:
-    return " ".join(str(error).split())
+def _failed(check: str, error: UserError | OSError) -> Finding:
+    """A finding of an error's lines; the last of several is the remedy."""
+    rows = [row.strip() for row in str(error).splitlines()]
+    return Finding(FAIL, check, " ".join(rows[:-1] or rows), rows[-1] if len(rows) > 1 else "")
 
 
 def verdict(findings: list[Finding]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import signal
 import sys
 import threading
@@ -19,7 +20,8 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_MISTAKE = 2
 SMALL_FILE_BYTES = 4096  # what a file of a few bytes takes of a disk
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 + the signal, as a shell has it
+EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 130, 141, 143  # 128 + the signal, as a shell has it
+_PATH_MISTAKES = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS)
 
 
 class UserError(ValueError):
@@ -94,7 +96,17 @@ def run_cli(main: Callable[[], int | None], *, debug: bool = False) -> int:
     except KeyboardInterrupt as error:
         failure, message = error, "interrupted"
         status = EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has seen enough: `python main.py --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except OSError as error:
+        if error.errno in _PATH_MISTAKES and error.filename and not debug:
+            print(
+                f"error: {error.filename}: {error.strerror}.\nGive another path, or change the permissions of this one.",
+                file=sys.stderr,
+                flush=True,
+            )
+            return EXIT_USER_MISTAKE
         known = disk_full(error, error.filename or "the disk")
         if known is None and not debug:
             traceback.print_exc()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import kernels
 from checkpoint import TEMPORARY, plain_json, write_text_atomic
 from columns import RaggedColumn
 from ensemble import Member
@@ -98,6 +99,7 @@ def export(served: Served, out: Path) -> Path:
     model = ranker.model.eval().requires_grad_(False)
     items = item_tensors(served)
     table, fields = user_table(model, ranker.columns, ranker.device)
+    kernels.compiled(wait=True)  # its thread imports numba, which must not meet torch.export's stand-ins for the math module
     encoder = UserEncoder(model.cpu(), table.cpu()).eval()  # a graph made on a GPU would ask for one
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f"{TEMPORARY}{out.name}-{os.getpid()}")
@@ -107,6 +109,7 @@ def export(served: Served, out: Path) -> Path:
         tensors = {ITEMS: items, ENCODER: dict(encoder.state_dict())}
         for name, content in tensors.items():
             save_file({key: value.cpu().contiguous() for key, value in content.items()}, os.fspath(unfinished / name))
+            (unfinished / name).chmod(unfinished.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
         torch.export.save(program(encoder), os.fspath(unfinished / PROGRAM))
         names = [None] + [row[0] if row else None for row in creative_ids(served.store, np.arange(1, served.store.num_items + 1)[:, None])]
         (unfinished / CREATIVES).write_text(json.dumps(names), encoding="utf-8")

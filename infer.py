@@ -218,8 +218,10 @@ def main() -> None:
     if options.stdin:
         return answer_lines(options)
     started = time.time()
-    top10s, users = infer()
     output = Path(options.output or Path(os.environ.get("EVAL_RESULT_PATH") or ".") / "result.json")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; expected the name of a file, as {output}/result.json.")
+    top10s, users = infer()
     output.parent.mkdir(parents=True, exist_ok=True)
     seconds = time.time() - started
     output.write_text(json.dumps({"time": seconds, "top10s": top10s, "user": users}), encoding="utf-8")

@@ -297,6 +297,14 @@ class RunLogger:
         text = f"{value - best:+.4f}{relative}"
         return text if value == best else self._paint(text, _GREEN if better else _RED)
 
+    def note_start(self, step: int) -> None:
+        """The first update of this process is done: it was slower than the others, so the time left counts from here."""
+        self._first = self._first or (step, time.monotonic())
+
+    def expect_pauses(self, seconds: float) -> None:
+        """A guess of all evaluations' time, before there was one."""
+        self._pauses_ahead = seconds
+
     def note_pause(self, seconds: float, ahead: float) -> None:
         """Training stood still for an evaluation, and `ahead` as long ones are to come: the time left counts them apart from the steps."""
         self._paused, self._pauses_ahead = self._paused + (seconds if self._first else 0.0), seconds * ahead

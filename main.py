@@ -23,11 +23,11 @@ import torch
 
 import checkpoint as checkpoints
 from board import write_start
-from compatibility import check_compatible
+from compatibility import check_compatible, check_items
 from config import Config, warnings_for, with_values
 from dataset import make_splits
 from doctor import as_json, examine, lines
-from doctor_findings import FAIL
+from doctor_findings import FAIL, Finding
 from doctor_machine import check_paths
 from dry_run import try_out
 from ensemble import Member, read_ensemble
@@ -40,7 +40,7 @@ from logger import RunLogger, peak_rss_gib
 from machine import scratch_near, torch_warning
 from report import write_report
 from runs import RunPaths, environment, prepare_eval, prepare_run, restore_status, write_start_files, write_status
-from settings import ParsedArguments, dump_yaml, load_config, print_config, write_config
+from settings import Options, ParsedArguments, dump_yaml, load_config, print_config, write_config
 from sources import find_source
 from store import Store, has_embedding, is_compiled, open_store
 from trainer import Trainer
@@ -50,7 +50,12 @@ DEMO = {"users": 4000, "items": 6000, "seed": 1}  # trains within a minute or tw
 
 
 def main() -> int:
-    arguments = load_config(sys.argv[1:])
+    try:
+        arguments = load_config(sys.argv[1:])
+    except UserError as error:
+        if "--doctor" not in sys.argv:
+            raise
+        return show_findings([Finding(FAIL, "settings.value", line) for line in str(error).splitlines()], as_tree="--json" in sys.argv)
     options = arguments.options
     if options.write_config:
         print(f"written: {write_config(arguments)}")
@@ -99,7 +104,7 @@ def train(arguments: ParsedArguments) -> int:
         write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
         logger.draw(lambda writer: write_start(writer, dump_yaml(config)))
         if options.state_dict_path is not None and run.resume_from is None:
-            load_weights(trainer, options.state_dict_path)
+            load_weights(trainer, options)
         logger.total_steps = trainer.total_steps
         try:
             trainer.fit()
@@ -139,7 +144,11 @@ def estimate(arguments: ParsedArguments) -> int:
 def doctor(arguments: ParsedArguments) -> int:
     """--doctor: a line a check; status 1 where one fails. Writes nothing but the store (and demo data)."""
     found = examine(arguments, lambda config, log: open_data(with_demo_data(config), log), choose_device, environ=dict(os.environ))
-    print(as_json(found) if arguments.options.json else "\n".join(lines(found)))
+    return show_findings(found, as_tree=arguments.options.json)
+
+
+def show_findings(found: list[Finding], *, as_tree: bool) -> int:
+    print(as_json(found) if as_tree else "\n".join(lines(found)))
     return 1 if any(finding.level == FAIL for finding in found) else 0
 
 
@@ -163,7 +172,7 @@ def dry_run(arguments: ParsedArguments) -> int:
             banner(logger, arguments, config, run, choose_device(config))
             trainer = build_trainer(config, run, logger, choose_device(config))
             if options.state_dict_path is not None:
-                load_weights(trainer, options.state_dict_path)
+                load_weights(trainer, options)
             logger.banner("dry run", try_out(trainer))
         finally:
             logger.close()
@@ -186,6 +195,8 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
         trainer = build_trainer(config, run, logger, device)
         with checkpoints.fits(loaded.path):
             check_compatible(loaded.meta, config, trainer.layout, trainer.embeddings, loaded.path)
+            if not arguments.options.allow_other_data:
+                check_items(loaded.meta, trainer.store, loaded.path)
             trainer.load_weights(loaded.model_state)
             same_users = trainer.store.num_users == loaded.meta["num_users"]
         if not same_users:
@@ -226,6 +237,8 @@ def ranker_of_member(arguments: ParsedArguments, member: Member, trainer: Traine
         )
     data = open_data(config, lambda _: None)
     check_compatible(member.meta, config, data.layout, data.embeddings, member.path)
+    if not arguments.options.allow_other_data:
+        check_items(member.meta, data.store, member.path)
     options = {"batch_size": config.eval.eval_batch_size, "num_workers": config.data.num_workers}
     return member.ranker(data.store, trainer.candidates, trainer.device, prefetch_batches=config.data.prefetch_batches, **options)
 
@@ -332,11 +345,13 @@ def resume_step(run: RunPaths) -> int | None:
     return None if run.resume_from is None else checkpoints.read_meta(checkpoints.find_checkpoint(run.resume_from))["step"]
 
 
-def load_weights(trainer: Trainer, path: Path) -> None:
+def load_weights(trainer: Trainer, options: Options) -> None:
     """--state_dict_path without --inference_only: a new run from a checkpoint's weights."""
-    loaded = checkpoints.load_checkpoint(path, with_trainer=False)
+    loaded = checkpoints.load_checkpoint(options.state_dict_path, with_trainer=False)
     with checkpoints.fits(loaded.path):
         check_compatible(loaded.meta, trainer.config, trainer.layout, trainer.embeddings, loaded.path)
+        if not options.allow_other_data:
+            check_items(loaded.meta, trainer.store, loaded.path)
         trainer.load_weights(loaded.model_state)
     trainer.logger.say(f"weights from {loaded.path} (step {loaded.meta['step']})")
 
@@ -407,6 +422,7 @@ def same_command(*more: str) -> str:
 
 
 def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dict, report: Path) -> None:
+    longer = "max_steps" if config.training.max_steps else "num_epochs"
     logger.banner(
         "done",
         [
@@ -416,7 +432,7 @@ def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dic
             ("report", report),
             ("peak memory", f"{peak_rss_gib():.2f} GiB"),
             ("watch", f"tensorboard --logdir {run.tensorboard_dir}"),
-            ("train longer", same_command("--resume_path", str(run.checkpoint_dir), "--num_epochs", str(2 * config.training.num_epochs))),
+            ("train longer", same_command("--resume_path", str(run.checkpoint_dir), f"--{longer}", str(2 * config.get(longer)))),
             ("evaluate again", same_command("--inference_only", "--state_dict_path", str(run.checkpoint_dir / "best_model.pt"))),
             ("your own data", "set data_path in config.yaml; USAGE.md tells what the folder holds"),
         ],

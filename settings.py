@@ -36,6 +36,9 @@ class Options:
     doctor: bool = setting(False, "Look over environment, paths, settings and data, a line a check with the remedy, and stop.")
     json: bool = setting(False, "With doctor: print JSON.")
     dry_run: bool = setting(False, "Do everything up to one update and one batch of the evaluation, keep no file, and stop.")
+    allow_other_data: bool = setting(
+        False, "Take the checkpoint of state_dict_path though its items are numbered otherwise than the data's."
+    )
     overwrite: bool = setting(False, "Let a new run write into another run's folder.")
     debug: bool = setting(False, "Show the traceback of any failure.")
     write_config: bool = setting(False, "Write config.yaml (or --config FILE) anew from config.py and the flags given, and stop.")

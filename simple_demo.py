@@ -18,7 +18,7 @@ import torch
 
 from config import Config, with_values
 from dataset import make_splits
-from errors import run_cli
+from errors import ArgumentParser, run_cli
 from features import TableLayout
 from final_test import run_test
 from logger import RunLogger, format_table
@@ -103,6 +103,9 @@ def describe(store, event: int) -> str:
 
 
 def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.parse_args()
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         demonstrate(Path(folder))

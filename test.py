@@ -9,7 +9,6 @@ python test.py -n 0 --pdb             in this process, not on all cores
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import subprocess
@@ -18,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from config import KEYS
+from errors import ArgumentParser, run_cli
 
 ROOT = Path(__file__).resolve().parent
 # name -> (what it runs, pytest options). A new suite is a line here and a marker in pytest.ini.
@@ -44,7 +44,7 @@ def environment(environ: dict[str, str]) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other options go to pytest.", allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="Other options go to pytest.")
     suites = "; ".join(f"{name}: {what}" for name, (what, _) in SUITES.items())
     parser.add_argument("--suite", choices=SUITES, default="default", metavar="NAME", help=f"{suites} (default: %(default)s)")
     options, rest = parser.parse_known_args()
@@ -63,4 +63,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(main))

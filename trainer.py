@@ -202,6 +202,7 @@ class Trainer:
                     continue
                 self._update(batch, features)
                 self.step += 1
+                self.logger.note_start(self.step)
                 if self.step % self.config.system.log_every_steps == 0 or self.step == self.total_steps:
                     self._log_line()
                 if self.stop_signal:
@@ -336,6 +337,8 @@ class Trainer:
 
     def _log_line(self) -> None:
         seconds = max(time.perf_counter() - self._clock, 1e-9)
+        if self.evaluated_step < 0 and self._users:  # forward alone is a third of a step
+            self.logger.expect_pauses(self._evaluations_ahead() * self.splits.valid.num_samples * seconds / self._users / 3)
         self.logger.train_line(
             {
                 "global_step": self.step,

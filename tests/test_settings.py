@@ -394,8 +394,8 @@ def test_help() -> None:
     assert re.findall(r"^([a-z]+): ", text, re.MULTILINE)[1:] == list(GROUPS)  # the first is "usage"
     flags = re.findall(r"^  --(\w+)", text, re.MULTILINE)
     assert [flag for flag in flags if flag in KEYS] == list(KEYS)
-    options = "config resume resume_path state_dict_path inference_only estimate doctor json dry_run overwrite debug write_config "
-    options += "print_config help"
+    options = "config resume resume_path state_dict_path inference_only estimate doctor json dry_run allow_other_data overwrite debug "
+    options += "write_config print_config help"
     assert [flag for flag in flags if flag not in KEYS] == options.split()
     flat = " ".join(text.split())
     for group, cls in GROUPS.items():
