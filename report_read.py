@@ -19,7 +19,7 @@ from report_data import REPORT_DATA
 from report_html import number
 from runs import read_status
 
-MAX_SIBLINGS = 500  # folders beside a run that are looked at for the best earlier run
+MAX_SIBLINGS = 500  # folders beside a run, the newest, that are looked at for the best earlier run
 SAME = ("split", "protocol", "num_candidates", "seen_removed")  # of metrics.json: figures that differ here are not comparable
 
 
@@ -104,11 +104,11 @@ def best_earlier(run: Run) -> Run | None:
     try:
         own = run.folder.resolve()
         with os.scandir(own.parent) as entries:
-            folders = [Path(entry.path) for entry in entries if entry.is_dir() and Path(entry.path) != own]
+            folders = [(entry.stat().st_mtime_ns, Path(entry.path)) for entry in entries if entry.is_dir() and Path(entry.path) != own]
     except OSError:
         return None
     best = None
-    for folder in sorted(folders)[:MAX_SIBLINGS]:
+    for _, folder in sorted(folders)[-MAX_SIBLINGS:]:
         if not (folder / "metrics.json").is_file():
             continue
         other = read_run(folder, log=False)
