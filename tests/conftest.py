@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+pytest.register_assert_rewrite("reliability_world")  # so that its asserts say what differs
 PUBLIC_DATA = ROOT.parent / "shared" / "data"
 
 
