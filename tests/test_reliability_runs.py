@@ -48,6 +48,8 @@ def test_kill_9_at_random_moments(worlds, count):
         done = runs.run(name, signal=int(signal.SIGKILL), **how)
         assert where == "elsewhere" or done["status"] == -signal.SIGKILL, how
         killed[where] += done["status"] == -signal.SIGKILL
+        if done["status"] == 0:  # the first runs were slower: they met other work
+            runs.seconds = min(runs.seconds, done["seconds"])
         runs.went_on_exactly(name)
     assert killed == wanted
 
