@@ -64,16 +64,17 @@ def changed_since(meta: dict, config: Config, store, path: Path) -> Iterator[str
     if meta["store"] != store.manifest["fingerprint"]:
         yield f"the data's files are not the ones that {path.name} was trained on, but as many users and events; going on."
     # What a setting that came later than the checkpoint would have been then: its default.
-    saved, present = Config.from_dict(meta["config"], f"{path}/meta.json"), config
-    keys = [key for group in ("training", "loss", "data", "eval", "system") for key in config.to_dict()[group] if key not in FREE_SETTINGS]
-    changed = [key for key in keys if saved.get(key) != present.get(key)]
-    if refused := [key for key in (*ORDER_SETTINGS, *OPTIMIZER_SETTINGS) if saved.get(key) != present.get(key) and key in keys]:
+    saved = Config.from_dict(meta["config"], f"{path}/meta.json")
+    tree = config.to_dict()
+    keys = [key for group in ("training", "loss", "data", "eval", "system") for key in tree[group] if key not in FREE_SETTINGS]
+    changed = [key for key in keys if saved.get(key) != config.get(key)]
+    if refused := [key for key in (*ORDER_SETTINGS, *OPTIMIZER_SETTINGS) if key in changed]:
         raise UserError(
             f"--resume: {', '.join(refused)} differ from the checkpoint's ({path}): it would not be the same run.\n"
             "Give the run's own settings, or start anew from its weights with --state_dict_path."
         )
     if changed:
-        texts = [f"{key} {_shown(saved.get(key))} -> {_shown(present.get(key))}" for key in changed]
+        texts = [f"{key} {_shown(saved.get(key))} -> {_shown(config.get(key))}" for key in changed]
         yield f"settings changed since {path.name}: {', '.join(texts)}. The run goes on with the new ones."
 
 

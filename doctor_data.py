@@ -17,7 +17,7 @@ import numpy as np
 from candidates import read_candidates
 from columns import ragged_places
 from config import Config
-from dataset import counter_hash, generator, iterate_events
+from dataset import counter_hash, generator, training_item_counts
 from doctor_findings import FAIL, PASS, WARN, Finding, finding
 from errors import UserError
 from estimate import Data
@@ -40,22 +40,22 @@ def check_store(config: Config, data: Data) -> Iterator[Finding]:
     """Everything that can be told from an open store."""
     store = data.store
     yield from _noted(store)
-    users = _sample(store)
+    counts = training_item_counts(store, data.splits.train)
     yield from _times(store)
-    yield from _repeats(store, users)
-    yield from _popular(data)
+    yield from _repeats(store)
+    yield from _popular(counts)
     yield from _features(store)
     yield from _embeddings(store, data.embeddings)
-    yield from _splits(config, data)
-    yield from _leaks(data)
+    yield from _splits(config, data, counts > 0)
+    yield from _leaks(store)
 
 
-def _sample(store) -> np.ndarray:
-    """(S,) users with events, ascending."""
-    users = np.flatnonzero(np.diff(store.user_offsets) > 0)
+def _sample(store, least: int, key: int) -> np.ndarray:
+    """(S,) users with at least so many events, ascending. key: another one draws others."""
+    users = np.flatnonzero(np.diff(store.user_offsets) >= least)
     if len(users) <= SAMPLE_USERS:
         return users
-    return np.sort(generator(DOCTOR_KEY, len(users)).choice(users, SAMPLE_USERS, replace=False))
+    return np.sort(generator(DOCTOR_KEY, key).choice(users, SAMPLE_USERS, replace=False))
 
 
 def _noted(store) -> Iterator[Finding]:
@@ -91,16 +91,10 @@ def check_indexer(store) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as scratch:
         indexer = read_indexer(path, Path(scratch))
     beyond = []
-    for side, columns in (("item", store.item_single), ("user", store.user_single)):
-        for k, feature in enumerate(store.schema.select(side, "single")):
-            most, known = int(columns[:, k].max(initial=0)), indexer.feature_max.get(feature.id)
-            beyond += [f"{feature.id}: {most:,} ({known:,})"] if known is not None and most > known else []
-        for feature in store.schema.select(side, "multi"):
-            most, known = (
-                int((store.item_multi if side == "item" else store.user_multi)[feature.id].values.max(initial=0)),
-                indexer.feature_max.get(feature.id),
-            )
-            beyond += [f"{feature.id}: {most:,} ({known:,})"] if known is not None and most > known else []
+    for _, name, values in _feature_values(store):
+        most = int(values.max(initial=0))
+        known = indexer.feature_max.get(name, most)
+        beyond += [f"{name}: {most:,} ({known:,})"] if most > known else []
     yield finding(
         not beyond,
         WARN,
@@ -109,6 +103,15 @@ def check_indexer(store) -> Iterator[Finding]:
         f"feature values beyond those of indexer.pkl (largest, known): {', '.join(beyond)}",
         "take the indexer.pkl of this data",
     )
+
+
+def _feature_values(store) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(side, feature id, all its values): single-valued ones of all items or users, lists one after another; 0 = missing."""
+    for side, columns, lists in (("item", store.item_single[1:], store.item_multi), ("user", store.user_single, store.user_multi)):
+        for k, feature in enumerate(store.schema.select(side, "single")):
+            yield side, feature.id, np.asarray(columns[:, k])
+        for name, column in lists.items():
+            yield side, name, column.values
 
 
 def _times(store) -> Iterator[Finding]:
@@ -149,9 +152,9 @@ def _events_of(store, users: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     return places, starts, lengths
 
 
-def _repeats(store, users: np.ndarray) -> Iterator[Finding]:
+def _repeats(store) -> Iterator[Finding]:
     """Events that stand twice in a row, and histories that several users share."""
-    places, starts, lengths = _events_of(store, users)
+    places, starts, lengths = _events_of(store, _sample(store, 1, 0))
     items, times = store.item_ids[places], store.timestamps[places]
     if store.schema.has_time:
         again = ~starts
@@ -192,11 +195,8 @@ def _repeats(store, users: np.ndarray) -> Iterator[Finding]:
     )
 
 
-def _popular(data: Data) -> Iterator[Finding]:
-    store = data.store
-    counts = np.zeros(store.num_items + 1, dtype=np.int64)
-    for items, _ in iterate_events(store, data.splits.train):
-        counts += np.bincount(items, minlength=len(counts))
+def _popular(counts: np.ndarray) -> Iterator[Finding]:
+    """counts: (items + 1,) training events of each item."""
     top = int(counts.argmax())
     share = counts[top] / max(1, counts.sum())
     yield finding(
@@ -212,17 +212,12 @@ def _popular(data: Data) -> Iterator[Finding]:
 def _features(store) -> Iterator[Finding]:
     """Features without values, and such as name a user or an item."""
     bare, names = [], []
-    for side, size, columns, lists in (
-        ("item", store.num_items, store.item_single[1:], store.item_multi),
-        ("user", store.num_users, store.user_single, store.user_multi),
-    ):
-        for k, feature in enumerate(store.schema.select(side, "single")):
-            values = np.asarray(columns[:, k])
-            present = values[values > 0]
-            bare += [] if len(present) else [f"{side} feature {feature.id}"]
-            if side == "user" and len(present) > FEW_USERS and len(np.unique(present)) > 0.95 * len(present):
-                names.append(f"{side} feature {feature.id}")
-        bare += [f"{side} feature {name}" for name, column in lists.items() if size and not len(column.values)]
+    user_single = {feature.id for feature in store.schema.select("user", "single")}
+    for side, name, values in _feature_values(store):
+        present = values[values > 0]
+        bare += [] if len(present) else [f"{side} feature {name}"]
+        if side == "user" and name in user_single and len(present) > FEW_USERS and len(np.unique(present)) > 0.95 * len(present):
+            names.append(f"{side} feature {name}")
     for name in bare:
         yield Finding(WARN, "data.coverage", f"{name} has no value at all", "add its values, or take it out of the schema")
     if not bare:
@@ -253,7 +248,8 @@ def _embeddings(store, embeddings: tuple[str, ...]) -> Iterator[Finding]:
             yield Finding(PASS, check, shown)
 
 
-def _splits(config: Config, data: Data) -> Iterator[Finding]:
+def _splits(config: Config, data: Data, trained: np.ndarray) -> Iterator[Finding]:
+    """trained: (items + 1,) bool, those with training events."""
     store, splits = data.store, data.splits
     for name, split in (("validation", splits.valid), ("test", splits.test)):
         yield finding(
@@ -264,9 +260,6 @@ def _splits(config: Config, data: Data) -> Iterator[Finding]:
             f"{split.num_samples:,} users: the figures mean little",
             "more users, or a larger holdout_fraction",
         )
-    trained = np.zeros(store.num_items + 1, dtype=bool)
-    for items, _ in iterate_events(store, splits.train):
-        trained[items] = True
     targets = store.item_ids[splits.test.target]
     cold = float((~trained[targets]).mean())
     yield finding(
@@ -296,13 +289,9 @@ def _targets_seen(store, split) -> float:
     return float((np.bincount(owner, weights=hit, minlength=split.num_samples) > 0).mean())
 
 
-def _leaks(data: Data) -> Iterator[Finding]:
+def _leaks(store) -> Iterator[Finding]:
     """User features that tell the last event better than the one before it: filled in after the fact."""
-    store = data.store
-    lengths = np.diff(store.user_offsets)
-    users = np.flatnonzero(lengths >= 2)
-    if len(users) > SAMPLE_USERS:
-        users = np.sort(generator(DOCTOR_KEY, 1).choice(users, SAMPLE_USERS, replace=False))
+    users = _sample(store, 2, 1)
     if len(users) < FEW_USERS:
         yield Finding(PASS, "data.leaks", f"not looked for: {len(users):,} users with two events are too few")
         return

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from config import KEYS, Config, warnings_for
@@ -28,7 +29,6 @@ from sizes import table_bytes
 
 PACKAGES = {"numpy": True, "yaml": True, "tensorboard": True, "pyarrow": True, "orjson": True, "tqdm": True, "numba": False}  # needed?
 FEW_BYTES, FEW_FILES = 1 << 30, 256
-STATE = {"adam": 2.0}  # of the joint table, by table_optimizer, in tables; the row-wise ones take 4 bytes a row
 
 
 def check_environment(config: Config, environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -85,16 +85,10 @@ def check_paths(arguments: ParsedArguments) -> Iterator[Finding]:
     paths, origins = arguments.config.paths, arguments.origins
     options = arguments.options
     goes_on = options.resume or options.resume_path or options.overwrite or options.inference_only
-    for key, kind in (
-        ("data_path", "data"),
-        ("log_path", "out"),
-        ("tensorboard_path", "out"),
-        ("checkpoint_path", "out"),
-        ("cache_path", "out"),
-    ):
+    for key in ("data_path", "log_path", "tensorboard_path", "checkpoint_path", "cache_path"):
         value, check = getattr(paths, key), f"paths.{key}"
         shown = f"{value or 'chosen by the run'} ({origins[key]})"
-        if kind == "data":
+        if key == "data_path":
             yield finding(
                 not value or Path(value).is_dir(),
                 FAIL,
@@ -105,6 +99,7 @@ def check_paths(arguments: ParsedArguments) -> Iterator[Finding]:
             )
             continue
         there = nearest_folder(Path(value or "."))
+        run = read_status(Path(value)) if key == "log_path" and value and not goes_on else {}
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             why = "is no folder" if not there.is_dir() else "cannot be written to"
             yield Finding(FAIL, check, f"{shown}: {there} {why}", f"point {key}{_variable(key)} at a folder that can be written")
@@ -112,8 +107,8 @@ def check_paths(arguments: ParsedArguments) -> Iterator[Finding]:
             yield Finding(
                 WARN, check, f"{shown}: {size(shutil.disk_usage(there).free)} left on its disk", "free some space, or take another disk"
             )
-        elif key == "log_path" and value and not goes_on and read_status(Path(value)):
-            state = "going on" if is_alive(Path(value)) else read_status(Path(value))["state"]
+        elif run:
+            state = "going on" if is_alive(Path(value)) else run["state"]
             yield Finding(
                 FAIL, check, f"{shown}: holds a run ({state})", "--resume goes on with it, --overwrite removes it; or another log_path"
             )
@@ -173,24 +168,16 @@ def check_settings(config: Config, data: Data | None, device: torch.device) -> I
         "settings.max_seq_length",
         f"{config.model.max_seq_length}; longer histories: {cut:.1%} of the users",
         f"{config.model.max_seq_length}: {cut:.0%} of the users have more events, and only their newest are targets",
-        f"max_seq_length {_rounded(float(_quantile(events)))} holds nine users of ten",
+        f"max_seq_length {-(-int(np.quantile(events, 0.9, method='lower')) // 10) * 10} holds nine users of ten",
     )
-
-
-def _quantile(values) -> float:
-    return sorted(values.tolist())[int(0.9 * (len(values) - 1))]
-
-
-def _rounded(value: float) -> int:
-    return -(-int(value) // 10) * 10
 
 
 def check_sizes(config: Config, data: Data, device: torch.device) -> Iterator[Finding]:
     """Table, its state and averages against memory, checkpoints against the disk; a lower bound (--estimate says it all)."""
     machine = read_machine(Path(config.paths.checkpoint_path or "."), device)
     table = table_bytes(data.layout)
-    state = STATE.get(config.training.table_optimizer)
-    held = table * (1 + (state or 0) + (2 if config.training.ema_decay else 0)) + (0 if state else 4 * data.layout.num_rows)
+    state = 2 * table if config.training.table_optimizer == "adam" else 4 * data.layout.num_rows  # the others are row-wise
+    held = table + state + (2 * table if config.training.ema_decay else 0)
     room, where = (machine.cuda, "on the GPU") if device.type == "cuda" else (machine.memory, machine.limit)
     yield finding(
         held < room,

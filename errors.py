@@ -82,6 +82,11 @@ def disk_full(error: OSError, path: object, bytes_needed: int | None = None) -> 
     return RunError(f"{path}: no space left to write{needed}: {error.strerror}.\nFree some space, or point the path elsewhere.")
 
 
+def forget_stdout() -> None:
+    """Whoever read standard output is gone: nothing more is written there, so that the end of Python does not fail on it either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_cli(main: Callable[[], int | None], *, debug: bool = False) -> int:
     """Run an entry script's `main`; print a user's mistake without traceback; return the exit status.
 
@@ -97,20 +102,17 @@ def run_cli(main: Callable[[], int | None], *, debug: bool = False) -> int:
         failure, message = error, "interrupted"
         status = EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read the output has seen enough: `python main.py --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_stdout()
         return EXIT_PIPE
     except OSError as error:
-        if error.errno in _PATH_MISTAKES and error.filename and not debug:
-            print(
-                f"error: {error.filename}: {error.strerror}.\nGive another path, or change the permissions of this one.",
-                file=sys.stderr,
-                flush=True,
-            )
-            return EXIT_USER_MISTAKE
-        known = disk_full(error, error.filename or "the disk")
-        if known is None and not debug:
+        failure, status, message = error, EXIT_FAILED, str(error)
+        if known := disk_full(error, error.filename or "the disk"):
+            message = str(known)
+        elif error.errno in _PATH_MISTAKES and error.filename:
+            status = EXIT_USER_MISTAKE
+            message = f"{error.filename}: {error.strerror}.\nGive another path, or change the permissions of this one."
+        elif not debug:
             traceback.print_exc()
-        failure, status, message = error, EXIT_FAILED, str(known or error)
     if debug:
         traceback.print_exception(failure)  # print_exc would find nothing: the exception is handled by now
     print(f"error: {message}", file=sys.stderr, flush=True)

@@ -15,13 +15,14 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 
 from dataset import predict_split
 from ensemble import ENSEMBLE, Ensemble, read_ensemble
-from errors import ArgumentParser, UserError, run_cli
+from errors import ArgumentParser, UserError, forget_stdout, run_cli
 from evaluate import Ranker, Ranking, wanted_actions
 from machine import torch_warning
 from schema import ACTION_NAMES, NUM_ACTION_TYPES
@@ -40,9 +41,7 @@ def infer() -> tuple[list[list[int | str]], list[str]]:
     """
     model_path, data_path = _folder("MODEL_OUTPUT_PATH", "the checkpoint's folder"), _folder("EVAL_DATA_PATH", "the data to predict")
     result_path = os.environ.get("EVAL_RESULT_PATH") or ""
-    if warning := torch_warning():
-        print(f"warning: {warning}")
-    ensemble = read_ensemble(_checkpoint_in(model_path))
+    ensemble = _read(_checkpoint_in(model_path), sys.stdout)
     cache_path = os.environ.get("USER_CACHE_PATH") or (os.path.join(result_path, "cache") if result_path else "./cache")
     served = open_served(ensemble, data_path, "predict", Path(cache_path), _device())
     store, ranker = served.store, served.ranker
@@ -143,6 +142,13 @@ def _write_matrix(path: Path, matrix: np.ndarray) -> None:
         file.write(np.ascontiguousarray(matrix).tobytes())
 
 
+def _read(path: Path, console: TextIO) -> Ensemble:
+    """The model or models at `path`, after a warning where torch's reader has known holes."""
+    if warning := torch_warning():
+        print(f"warning: {warning}", file=console)
+    return read_ensemble(path)
+
+
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -152,9 +158,7 @@ def opened(options: Namespace) -> Served:
     path = Path(options.state_dict_path)
     if not path.exists():
         raise UserError(f"--state_dict_path {path}: no such file or folder; it names a checkpoint or an ensemble.")
-    if warning := torch_warning():
-        print(f"warning: {warning}", file=sys.stderr)
-    ensemble = read_ensemble(_checkpoint_in(path, "--state_dict_path "))
+    ensemble = _read(_checkpoint_in(path, "--state_dict_path "), sys.stderr)
     paths = ensemble.members[0].config.paths
     kind = "predict" if os.environ.get("EVAL_DATA_PATH") and not options.data_path else "train"
     data_path = options.data_path or os.environ.get("EVAL_DATA_PATH") or paths.data_path
@@ -178,8 +182,7 @@ def answer_lines(options: Namespace) -> None:
     try:
         lines, errors = serve_lines(answerer, sys.stdin.buffer, sys.stdout, ANSWERS)
     except BrokenPipeError:  # whoever reads the answers has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
+        return forget_stdout()
     print(f"{lines:,} lines answered, {errors:,} of them by an error", file=sys.stderr, flush=True)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import NamedTuple
 
 import numpy as np
@@ -317,7 +317,6 @@ _SIGNATURES = {
     _draw_negatives: "i4[:] i8[:] i8[:] i8[:] i8[:] i8[:] i8 i8 u8 i8",
 }
 _lock = threading.Lock()
-_numba_lock = threading.Lock()
 _scratch = threading.local()
 _thread: threading.Thread | None = None
 _kernels: Kernels | None = None
@@ -333,6 +332,19 @@ def _load() -> None:
     _kernels = Kernels(*(compile_loop(numba, function, text) for function, text in _SIGNATURES.items()))
 
 
+def made_once(function: Callable) -> Callable:
+    """A function without arguments that is called once, by the first thread that asks; others wait for its result."""
+    lock, cached = threading.Lock(), cache(function)
+
+    @wraps(function)
+    def result():
+        with lock:
+            return cached()
+
+    return result
+
+
+@made_once
 def usable_numba():
     """The module, or None where it is not installed, is older than the numpy here, or is told not to compile.
 
@@ -340,12 +352,6 @@ def usable_numba():
     numba at once, Python may hand one of them half a module to break a deadlock; that would pass for "not installed", and the run would
     silently draw other dropout masks.
     """
-    with _numba_lock:
-        return _find_numba()
-
-
-@cache
-def _find_numba():
     try:
         import numba
         import numba.extending

@@ -169,8 +169,9 @@ def dry_run(arguments: ParsedArguments) -> int:
         run.log_dir.mkdir()
         logger = open_logger(config, run, tensorboard=False)
         try:
-            banner(logger, arguments, config, run, choose_device(config))
-            trainer = build_trainer(config, run, logger, choose_device(config))
+            device = choose_device(config)
+            banner(logger, arguments, config, run, device)
+            trainer = build_trainer(config, run, logger, device)
             if options.state_dict_path is not None:
                 load_weights(trainer, options)
             logger.banner("dry run", try_out(trainer))
@@ -194,9 +195,7 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
         banner(logger, arguments, config, run, device)
         trainer = build_trainer(config, run, logger, device)
         with checkpoints.fits(loaded.path):
-            check_compatible(loaded.meta, config, trainer.layout, trainer.embeddings, loaded.path)
-            if not arguments.options.allow_other_data:
-                check_items(loaded.meta, trainer.store, loaded.path)
+            check_checkpoint(loaded.meta, loaded.path, config, trainer, arguments.options)
             trainer.load_weights(loaded.model_state)
             same_users = trainer.store.num_users == loaded.meta["num_users"]
         if not same_users:
@@ -236,9 +235,7 @@ def ranker_of_member(arguments: ParsedArguments, member: Member, trainer: Traine
             "it would be tested on users it was trained on.\nCombine models of one split; inference takes any."
         )
     data = open_data(config, lambda _: None)
-    check_compatible(member.meta, config, data.layout, data.embeddings, member.path)
-    if not arguments.options.allow_other_data:
-        check_items(member.meta, data.store, member.path)
+    check_checkpoint(member.meta, member.path, config, data, arguments.options)
     options = {"batch_size": config.eval.eval_batch_size, "num_workers": config.data.num_workers}
     return member.ranker(data.store, trainer.candidates, trainer.device, prefetch_batches=config.data.prefetch_batches, **options)
 
@@ -345,13 +342,18 @@ def resume_step(run: RunPaths) -> int | None:
     return None if run.resume_from is None else checkpoints.read_meta(checkpoints.find_checkpoint(run.resume_from))["step"]
 
 
+def check_checkpoint(meta: dict, path: Path, config: Config, data: Data | Trainer, options: Options) -> None:
+    """UserError where a checkpoint is of another model, or of other items and --allow_other_data was not given."""
+    check_compatible(meta, config, data.layout, data.embeddings, path)
+    if not options.allow_other_data:
+        check_items(meta, data.store, path)
+
+
 def load_weights(trainer: Trainer, options: Options) -> None:
     """--state_dict_path without --inference_only: a new run from a checkpoint's weights."""
     loaded = checkpoints.load_checkpoint(options.state_dict_path, with_trainer=False)
     with checkpoints.fits(loaded.path):
-        check_compatible(loaded.meta, trainer.config, trainer.layout, trainer.embeddings, loaded.path)
-        if not options.allow_other_data:
-            check_items(loaded.meta, trainer.store, loaded.path)
+        check_checkpoint(loaded.meta, loaded.path, trainer.config, trainer, options)
         trainer.load_weights(loaded.model_state)
     trainer.logger.say(f"weights from {loaded.path} (step {loaded.meta['step']})")
 
@@ -372,7 +374,9 @@ def banner(logger: RunLogger, arguments: ParsedArguments, config: Config, run: R
         rows.append((key, f"{given or chosen[key]}  ({origin})"))
     rows.append(("settings", str(arguments.config_file or "defaults")))
     logger.banner("generative recommender", rows)
-    for warning in [*filter(None, [torch_warning()]), *warnings_for(config)]:
+    if warning := torch_warning():
+        logger.warn_once(warning)
+    for warning in warnings_for(config):
         logger.warn_once(warning)
 
 

@@ -222,12 +222,13 @@ def _open_folders(run: RunPaths) -> tuple[IO[str], ...]:
     """Make the folders and take the locks of log_dir and checkpoint_dir; UserError when a living process holds one."""
     for path, key in ((run.log_dir, "log_path"), (run.tensorboard_dir, "tensorboard_path"), (run.checkpoint_dir, "checkpoint_path")):
         _make_folder(path, key)
-    owner = owner_of(run.checkpoint_dir)
+    log_dir, checkpoint_dir = run.log_dir.resolve(), run.checkpoint_dir.resolve()
+    wanted = [(run.log_dir, "log_path", log_dir)]
+    if checkpoint_dir != log_dir:
+        wanted.append((run.checkpoint_dir, "checkpoint_path", owner_of(checkpoint_dir) or log_dir))
     locks = []
-    for path, key in dict.fromkeys([(run.log_dir, "log_path"), (run.checkpoint_dir, "checkpoint_path")]):
-        if key == "checkpoint_path" and path.resolve() == run.log_dir.resolve():
-            continue
-        lock, holder = _take_lock(path, owner if key == "checkpoint_path" and owner else run.log_dir.resolve())
+    for path, key, owner in wanted:
+        lock, holder = _take_lock(path, owner)
         if holder:
             raise UserError(f"{path}: a run is going on there (process {holder}). Wait for its end, or choose another {key}.")
         locks += [lock] if lock is not None else []

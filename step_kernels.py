@@ -13,9 +13,7 @@ Legend: N tokens, D width, M items, K negatives a token, R touched rows, E table
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -158,16 +156,8 @@ _SIGNATURES = {
 }
 
 
-_lock = threading.Lock()
-
-
+@kernels.made_once
 def _load() -> StepKernels | None:
-    with _lock:
-        return _compile()
-
-
-@cache
-def _compile() -> StepKernels | None:
     numba = kernels.usable_numba()
     if numba is None:
         return None

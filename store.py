@@ -21,7 +21,7 @@ import numpy as np
 
 from columns import EmbeddingColumn, ItemLookup, RaggedColumn, StringColumn
 from errors import SMALL_FILE_BYTES, UserError, disk_full
-from multimodal import EmbeddingSource, compile_embedding, find_embedding, required_embedding
+from multimodal import compile_embedding, find_embedding, required_embedding
 from schema import Feature, Schema
 from sources import Rejects, Source, find_source
 from store_build import StoreBuilder
@@ -158,7 +158,7 @@ def is_compiled(data_path: str | Path, cache_path: str | Path, *, embeddings: Se
     return all(
         vectors is not None
         and _embedding_is_whole(
-            _embedding_folder(path, i), _embedding_fingerprint(vectors, source.schema[i], source.data_path, max_bad_lines)
+            _embedding_folder(path, i), _embedding_fingerprint(file_facts(vectors.files, source.data_path), source.schema[i], max_bad_lines)
         )
         for i, vectors in found.items()
     )
@@ -169,8 +169,9 @@ def _fingerprint(source: Source, max_bad_lines: int) -> str:
     return digest([STORE_VERSION, source.kind, source.layout, source.schema.to_dict(), facts, max_bad_lines])
 
 
-def _embedding_fingerprint(source: EmbeddingSource, feature: Feature, data_path: Path, max_bad_lines: int) -> str:
-    return digest([STORE_VERSION, file_facts(source.files, data_path), feature.width, max_bad_lines])
+def _embedding_fingerprint(facts: list, feature: Feature, max_bad_lines: int) -> str:
+    """facts: file_facts of the vectors' files."""
+    return digest([STORE_VERSION, facts, feature.width, max_bad_lines])
 
 
 def has_embedding(data_path: str | Path, feature: Feature) -> bool:
@@ -320,7 +321,7 @@ def _add_embedding(store: Store, feature: Feature, max_bad_lines: int, *, progre
     """Compile the vectors of one feature into the store's folder, where they are missing or of another source."""
     source = find_embedding(store.data_path, feature)
     facts = file_facts(source.files, store.data_path)
-    fingerprint = _embedding_fingerprint(source, feature, store.data_path, max_bad_lines)
+    fingerprint = _embedding_fingerprint(facts, feature, max_bad_lines)
     folder = _embedding_folder(store.path, feature.id)
     if _embedding_is_whole(folder, fingerprint):
         return
