@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -75,6 +76,11 @@ def write_text_atomic(path: Path, text: str) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         raise _or_disk_full(error, path, len(data)) from None
+
+
+def unused(path: Path) -> Path:
+    """The path, or the first with a number from 2 behind it that does not exist."""
+    return next(free for free in chain((path,), (path.with_name(f"{path.name}-{n}") for n in count(2))) if not free.exists())
 
 
 def plain_json(value: Any) -> Any:
@@ -426,12 +432,10 @@ def read_meta(folder: Path) -> dict:
 
 def _why_refused(text: str) -> str:
     """torch's reason without its advice, which is to load the file without weights_only: that would run a stranger's code."""
-    for part, words in (
-        ("TorchScript", "a TorchScript archive"),
-        ("mmap can only be used", "a form older than torch 1.6, or no checkpoint"),
-    ):
-        if part in text:
-            return words
+    if "TorchScript" in text:
+        return "a TorchScript archive"
+    if "mmap can only be used" in text:
+        return "a form older than torch 1.6, or no checkpoint"
     found = re.search(r"(?:Unsupported|not an allowed) (?:global|class)\S* ?(?:GLOBAL )?(\S+)|WeightsUnpickler error: ([^\n]+)", text)
     if found:
         return f"it holds more than tensors: {(found.group(1) or found.group(2))[:120]}"
@@ -568,11 +572,7 @@ def set_aside_newer(root: Path, step: int, log: Callable[[str], None] = print) -
     """
     moved = []
     for path in [path for path in list_checkpoints(root) if _step(path) > step]:
-        wished = target = path.with_name(SET_ASIDE + path.name.removeprefix(REPLACED))
-        count = 1
-        while target.exists():
-            count += 1
-            target = wished.with_name(f"{wished.name}-{count}")
+        target = unused(path.with_name(SET_ASIDE + path.name.removeprefix(REPLACED)))
         for name in _links_to(Path(root), path):
             (Path(root) / name).unlink()
         os.rename(path, target)

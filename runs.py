@@ -32,6 +32,7 @@ from checkpoint import (
     newest_valid,
     plain_json,
     set_aside_newer,
+    unused,
     write_text_atomic,
 )  # fmt: skip
 from errors import SMALL_FILE_BYTES, RunError, UserError, disk_full
@@ -176,7 +177,7 @@ def prepare_eval(paths: Paths, *, run_name: str = "", now: datetime | None = Non
     now = now or datetime.now()
     name = _default_name(run_name or "eval", now)
     wished = Path(paths.log_path) / f"eval-{now:%Y%m%d-%H%M%S}" if paths.log_path else Path(base) / "logs" / name
-    log_dir = _unused(wished)
+    log_dir = unused(wished)
     run = RunPaths(log_dir, Path(paths.tensorboard_path or log_dir), Path(paths.checkpoint_path or log_dir), log_dir.name)
     _make_folder(log_dir, "log_path")
     write_status(log_dir, "running", 0, "", name=run.name, kind="eval")
@@ -201,14 +202,6 @@ def _new_folders(paths: Paths, name: str, base: Path) -> RunPaths:
     return RunPaths(log_dir, tensorboard_dir, checkpoint_dir, free)
 
 
-def _unused(path: Path) -> Path:
-    count, free = 1, path
-    while free.exists():
-        count += 1
-        free = path.with_name(f"{path.name}-{count}")
-    return free
-
-
 def _make_folder(path: Path, key: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -225,7 +218,7 @@ def _open_folders(run: RunPaths) -> tuple[IO[str], ...]:
     log_dir, checkpoint_dir = run.log_dir.resolve(), run.checkpoint_dir.resolve()
     wanted = [(run.log_dir, "log_path", log_dir)]
     if checkpoint_dir != log_dir:
-        wanted.append((run.checkpoint_dir, "checkpoint_path", owner_of(checkpoint_dir) or log_dir))
+        wanted.append((run.checkpoint_dir, "checkpoint_path", _noted_owner(checkpoint_dir) or log_dir))
     locks = []
     for path, key, owner in wanted:
         lock, holder = _take_lock(path, owner)
@@ -235,7 +228,7 @@ def _open_folders(run: RunPaths) -> tuple[IO[str], ...]:
     return tuple(locks)
 
 
-def owner_of(checkpoint_dir: Path) -> Path | None:
+def _noted_owner(checkpoint_dir: Path) -> Path | None:
     """The run folder whose checkpoints lie here, as its lock file says; None where it says nothing, or where that folder is gone."""
     try:
         words = (Path(checkpoint_dir) / LOCK).read_text(encoding="utf-8").splitlines()
@@ -247,7 +240,7 @@ def owner_of(checkpoint_dir: Path) -> Path | None:
 
 def _belongs_to_another(checkpoint_dir: Path, log_dir: Path) -> Path | None:
     """The other run whose checkpoints these are: a copied run folder still names those of the run it was copied from."""
-    owner = owner_of(checkpoint_dir)
+    owner = _noted_owner(checkpoint_dir)
     return owner if owner is not None and owner != Path(log_dir).resolve() else None
 
 
@@ -257,7 +250,7 @@ def _take_lock(folder: Path, owner: Path | None = None) -> tuple[IO[str] | None,
     (None, 0) where the file system has no locks, or where this very process holds it: a second run in one process follows the first.
     owner: the run folder that the lock file is to name; None leaves what it names.
     """
-    owner = owner or owner_of(folder)
+    owner = owner or _noted_owner(folder)
     lock = open(Path(folder) / LOCK, "a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -337,7 +330,7 @@ def clear_folders(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: P
         return False
     if checkpoint_dir is not None and _belongs_to_another(checkpoint_dir, log_dir):
         checkpoint_dir = None
-    if checkpoint_dir is not None:
+    elif checkpoint_dir is not None:
         (checkpoint_dir / LOCK).unlink(missing_ok=True)
     _clear(log_dir, checkpoint_dir, tensorboard_dir)
     (log_dir / LOCK).unlink(missing_ok=True)
