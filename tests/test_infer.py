@@ -14,8 +14,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import yaml
-from test_main import Result, assert_mistake, run_main
+from test_main import Result, assert_mistake, run_main, train_small
 
 import infer
 from checkpoint import list_checkpoints
@@ -46,9 +45,7 @@ def world(tmp_path_factory) -> World:
     folder = tmp_path_factory.mktemp("infer")
     for name, layout in (("A", "jsonl"), ("B", "parquet")):
         generate(folder / name, USERS, ITEMS, layout, predict=PREDICT, seed=3, max_length=20, mean_length=12)
-    (folder / "small.yaml").write_text(yaml.safe_dump(SETTINGS))
-    done = run_main("--config", "small.yaml", "--data_path", "A", "--log_path", "log", "--checkpoint_path", "ckpt", cwd=folder)
-    assert done.status == 0, done.err
+    train_small(folder, SETTINGS, "A")
     shutil.rmtree(folder / "A")
     shutil.rmtree(folder / "B")
     (model,) = list_checkpoints(folder / "ckpt")[-1:]

@@ -80,6 +80,13 @@ def run_process(*command: object, cwd: Path, **environ: str) -> subprocess.Compl
                           capture_output=True, text=True, check=False, timeout=120)  # fmt: skip
 
 
+def train_small(folder: Path, settings: dict, data: str = "data") -> None:
+    """folder/small.yaml of these settings, and a run of them on folder/`data` in folder/log and folder/ckpt."""
+    (folder / "small.yaml").write_text(yaml.safe_dump(settings))
+    done = run_main("--config", "small.yaml", "--data_path", data, "--log_path", "log", "--checkpoint_path", "ckpt", cwd=folder)
+    assert done.status == 0, done.err
+
+
 def places(folder: Path) -> list:
     return ["--log_path", folder / "log", "--checkpoint_path", folder / "ckpt", "--tensorboard_path", folder / "tb"]
 
@@ -480,92 +487,6 @@ def test_state_dict_path_starts_from_the_weights(world):
 ], ids=str)  # fmt: skip
 def test_weights_that_do_not_fit_are_refused(world, flags, words, tmp_path):
     assert_mistake(world.run(*places(tmp_path), *flags), *words)
-
-
-# ---- mistakes ----
-
-
-@pytest.mark.parametrize("flags,words", [
-    (("--hiden_units", 8), ("--hiden_units", "--hidden_units")),
-    (("--batch_size", "many"), ("--batch_size", "'many'", "whole number")),
-    (("--batch_size", 0), ("--batch_size", "at least 1")),
-    (("--dropout_rate", 1.5), ("dropout_rate", "below 1")),
-    (("--optimizer", "adamv"), ("optimizer", "one of adam, adamw, muon (did you mean adam?)")),
-    (("--norm_first", "perhaps"), ("norm_first", "true or false")),
-    (("--hidden_units", 9), ("hidden_units", "num_heads")),
-    (("--batch_size",), ("--batch_size", "missing")),
-    (("64",), ("'64'",)),
-    (("--data_path", "nowhere"), ("nowhere", "data_path")),
-    (("--data_path", "empty"), ("empty",)),
-    (("--data_path", "small.yaml"), ("small.yaml",)),
-    (("--config", "nowhere.yaml"), ("nowhere.yaml",)),
-    (("--config", "empty"), ("empty", "folder")),
-    (("--resume_path", "nowhere"), ("nowhere", "--resume_path")),
-    (("--mm_emb_id", 82), ("82",)),
-    (("--mm_emb_id", 99), ("99", "81")),
-    (("--candidates", "nowhere"), ("nowhere",)),
-    (("--cache_path", "small.yaml"), ("small.yaml", "cache_path")),
-    (("--log_path", "small.yaml/x"), ("log_path", "small.yaml")),
-    (("--holdout_fraction", 0.9999), ("training split is empty",)),
-], ids=str)  # fmt: skip
-def test_a_mistake_is_a_short_line_and_status_2(world, flags, words):
-    (world.cwd / "empty").mkdir(exist_ok=True)
-    given = [] if flags[0] == "--config" else ["--config", "small.yaml"]
-    given += [] if flags[0] == "--data_path" else ["--data_path", "data"]
-    given += [] if flags[0] == "--log_path" else ["--log_path", "mistakes", "--overwrite"] if flags[0] != "--resume_path" else []
-    assert_mistake(run_main(*given, *flags, cwd=world.cwd), *words)
-
-
-@pytest.mark.parametrize("text,words", [
-    ("model:\n  hiden_units: 8\n", ("wrong.yaml:2", "hiden_units", "model.hidden_units")),
-    ("modle:\n  hidden_units: 8\n", ("wrong.yaml:1", "modle", "model")),
-    ("training:\n  batch_size: 1.5\n", ("wrong.yaml:2", "batch_size", "whole number")),
-    ("training:\n  lr: 0.1\n  learning_rate: 0.2\n", ("wrong.yaml:3", "twice")),
-    ("training:\n  num_epochs: [3\n", ("wrong.yaml", "YAML")),
-    ("eval:\n  protocol: hold_out\n", ("wrong.yaml:2", "holdout")),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
-def test_a_mistake_in_the_file_names_its_line(world, text, words):
-    (world.cwd / "wrong.yaml").write_text(text)
-    assert_mistake(run_main("--config", "wrong.yaml", "--data_path", "data", cwd=world.cwd), *words)
-
-
-def test_several_mistakes_are_a_line_each(world):
-    result = world.run("--hiden_units", 8, "--num_epochs", 0, "--lr", -1, "--resume_pth", "x")
-    assert_mistake(result, "hidden_units", "num_epochs", "learning_rate", "--resume_path", lines=4)
-    assert len(result.err.strip().splitlines()) == 4
-
-
-def test_a_mistake_of_a_real_process(world):
-    done = run_process(ROOT / "main.py", "--hiden_units", "3", cwd=world.cwd)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: unknown flag --hiden_units; the nearest is --hidden_units.\n"
-
-
-def test_debug_shows_the_traceback(world):
-    done = run_process(ROOT / "main.py", "--data_path", "nowhere", "--debug", cwd=world.cwd)
-    assert done.returncode == 2 and "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("Give TencentGR data")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_cuda_without_cuda_names_auto(world, device):
-    assert_mistake(world.run("--log_path", "cuda", "--device", device), device, "--device auto")
-    assert not (world.cwd / "cuda").exists()
-
-
-def test_a_bad_line_is_refused_or_tolerated_and_counted(world, tmp_path):
-    data = shutil.copytree(world.cwd / "data", tmp_path / "data")
-    lines = (data / "seq.jsonl").read_text().splitlines()
-    lines[6] = lines[6][: len(lines[6]) // 2]
-    (data / "seq.jsonl").write_text("\n".join(lines) + "\n")
-    (data / "seq_offsets.pkl").unlink()
-    flags = ("--config", world.cwd / "small.yaml", "--data_path", data, "--log_path", "log")
-    assert_mistake(run_main(*flags, cwd=tmp_path), "seq.jsonl:7", "max_bad_lines")
-    assert status_of(tmp_path / "log")["state"] == "failed"
-    result = run_main(*flags, "--max_bad_lines", 1, "--overwrite", cwd=tmp_path)
-    assert result.status == 0 and "rejected    1" in result.out
-    (listed,) = (tmp_path / "cache").glob("*.rejects.jsonl")
-    assert json.loads(listed.read_text())["line"] == 7
 
 
 def test_a_warning_for_a_setting_without_effect(world):

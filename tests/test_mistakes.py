@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_main import run_main
+import torch
+from test_main import ROOT, SMALL, World, assert_mistake, run_main, run_process, status_of, train_small
 
 import combine
 import convert
@@ -18,18 +20,15 @@ import report
 import synthetic
 from synthetic import generate
 
-SMALL = ["--hidden_units", 8, "--num_blocks", 1, "--max_seq_length", 10, "--batch_size", 16, "--num_negatives", 8, "--max_steps", 2]
-
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A folder with data, data of another set, and a finished run."""
     folder = tmp_path_factory.mktemp("mistakes")
     generate(folder / "data", 60, 80, "jsonl", predict=10, max_length=10, mean_length=7)
     generate(folder / "other", 60, 90, "jsonl", predict=10, seed=5, max_length=10, mean_length=7)
-    places = ["--log_path", "run", "--checkpoint_path", "ckpt", "--tensorboard_path", "tb"]
-    assert run_main("--data_path", "data", *SMALL, *places, "--no-tensorboard", "--no-baselines", cwd=folder).status == 0
-    return folder
+    train_small(folder, SMALL)
+    return World(folder, ("--config", "small.yaml", "--data_path", "data"))
 
 
 def write(name: str, text: str) -> Callable[[Path], None]:
@@ -65,7 +64,7 @@ def nothing(folder: Path) -> None:
 
 
 BAD = ["--data_path", "bad"]
-OK = ["--data_path", "WORLD/data", *SMALL]
+OK = ["--data_path", "WORLD/data", "--config", "WORLD/small.yaml"]
 CKPT = ["--state_dict_path", "WORLD/ckpt/best_model.pt"]
 NEW = ["--layout", "jsonl", "--items", 30]
 # (what is wrong, script, flags, environment, what is made first, words of the message). WORLD: the folder of the fixture.
@@ -95,7 +94,7 @@ MISTAKES = [
     ("a GPU that is not there", main, [*OK, "--device", "cuda:99"], {}, nothing, "no such CUDA device"),
     ("a cache that cannot be written", main, [*OK, "--cache_path", "file/cache"], {}, write("file", ""), "cannot be written"),
     ("a log path that cannot be made", main, [*OK, "--log_path", "file/log"], {}, write("file", ""), "cannot be made"),
-    ("another run's folder", main, [*OK, "--log_path", "WORLD/run"], {}, nothing, "--overwrite"),
+    ("another run's folder", main, [*OK, "--log_path", "WORLD/log"], {}, nothing, "--overwrite"),
     ("--overwrite with --resume", main, [*OK, "--overwrite", "--resume"], {}, nothing, "give one of them"),
     ("a checkpoint that is not there", main, [*OK, "--state_dict_path", "nowhere/model.pt"], {}, nothing, "nowhere/model.pt"),
     ("an evaluation of nothing", main, [*OK, "--inference_only"], {}, nothing, "--state_dict_path"),
@@ -119,15 +118,12 @@ MISTAKES = [
 @pytest.mark.parametrize(("script", "flags", "environ", "make", "words"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
 def test_a_mistake_is_one_clear_message(world, tmp_path, script, flags, environ, make, words):
     make(tmp_path)
-    here = str(world)
+    here = str(world.cwd)
     flags = [str(flag).replace("WORLD", here) for flag in flags]
     environ = {name: value.replace("WORLD", here) for name, value in environ.items()} | {"PYTHONWARNINGS": "default"}
     result = run_main(*flags, cwd=tmp_path, entry=script, environ=environ)
-    message = result.err.strip()
-    assert result.status == 2, result.out + result.err
-    assert words.replace("WORLD", here) in message
-    assert "Traceback" not in message and 1 <= len(message.splitlines()) <= 3
-    assert max(map(len, message.splitlines())) <= 400
+    assert_mistake(result, words.replace("WORLD", here))
+    assert 1 <= max(map(len, result.err.strip().splitlines())) <= 400
 
 
 def test_several_mistakes_are_said_at_once_a_line_each(tmp_path):
@@ -137,3 +133,89 @@ def test_several_mistakes_are_said_at_once_a_line_each(tmp_path):
     lines = result.err.strip().splitlines()
     assert len(lines) == 5
     assert all(any(word in line for line in lines) for word in ("mine.yaml:2", "mine.yaml:3", "mine.yaml:5", "--lr", "--no-such"))
+
+
+# ---- main.py, closer ----
+
+
+@pytest.mark.parametrize("flags,words", [
+    (("--hiden_units", 8), ("--hiden_units", "--hidden_units")),
+    (("--batch_size", "many"), ("--batch_size", "'many'", "whole number")),
+    (("--batch_size", 0), ("--batch_size", "at least 1")),
+    (("--dropout_rate", 1.5), ("dropout_rate", "below 1")),
+    (("--optimizer", "adamv"), ("optimizer", "one of adam, adamw, muon (did you mean adam?)")),
+    (("--norm_first", "perhaps"), ("norm_first", "true or false")),
+    (("--hidden_units", 9), ("hidden_units", "num_heads")),
+    (("--batch_size",), ("--batch_size", "missing")),
+    (("64",), ("'64'",)),
+    (("--data_path", "nowhere"), ("nowhere", "data_path")),
+    (("--data_path", "empty"), ("empty",)),
+    (("--data_path", "small.yaml"), ("small.yaml",)),
+    (("--config", "nowhere.yaml"), ("nowhere.yaml",)),
+    (("--config", "empty"), ("empty", "folder")),
+    (("--resume_path", "nowhere"), ("nowhere", "--resume_path")),
+    (("--mm_emb_id", 82), ("82",)),
+    (("--mm_emb_id", 99), ("99", "81")),
+    (("--candidates", "nowhere"), ("nowhere",)),
+    (("--cache_path", "small.yaml"), ("small.yaml", "cache_path")),
+    (("--log_path", "small.yaml/x"), ("log_path", "small.yaml")),
+    (("--holdout_fraction", 0.9999), ("training split is empty",)),
+], ids=str)  # fmt: skip
+def test_a_mistake_is_a_short_line_and_status_2(world, flags, words):
+    (world.cwd / "empty").mkdir(exist_ok=True)
+    given = [] if flags[0] == "--config" else ["--config", "small.yaml"]
+    given += [] if flags[0] == "--data_path" else ["--data_path", "data"]
+    given += [] if flags[0] == "--log_path" else ["--log_path", "mistakes", "--overwrite"] if flags[0] != "--resume_path" else []
+    assert_mistake(run_main(*given, *flags, cwd=world.cwd), *words)
+
+
+@pytest.mark.parametrize("text,words", [
+    ("model:\n  hiden_units: 8\n", ("wrong.yaml:2", "hiden_units", "model.hidden_units")),
+    ("modle:\n  hidden_units: 8\n", ("wrong.yaml:1", "modle", "model")),
+    ("training:\n  batch_size: 1.5\n", ("wrong.yaml:2", "batch_size", "whole number")),
+    ("training:\n  lr: 0.1\n  learning_rate: 0.2\n", ("wrong.yaml:3", "twice")),
+    ("training:\n  num_epochs: [3\n", ("wrong.yaml", "YAML")),
+    ("eval:\n  protocol: hold_out\n", ("wrong.yaml:2", "holdout")),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_a_mistake_in_the_file_names_its_line(world, text, words):
+    (world.cwd / "wrong.yaml").write_text(text)
+    assert_mistake(run_main("--config", "wrong.yaml", "--data_path", "data", cwd=world.cwd), *words)
+
+
+def test_several_mistakes_are_a_line_each(world):
+    result = world.run("--hiden_units", 8, "--num_epochs", 0, "--lr", -1, "--resume_pth", "x")
+    assert_mistake(result, "hidden_units", "num_epochs", "learning_rate", "--resume_path", lines=4)
+    assert len(result.err.strip().splitlines()) == 4
+
+
+def test_a_mistake_of_a_real_process(world):
+    done = run_process(ROOT / "main.py", "--hiden_units", "3", cwd=world.cwd)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: unknown flag --hiden_units; the nearest is --hidden_units.\n"
+
+
+def test_debug_shows_the_traceback(world):
+    done = run_process(ROOT / "main.py", "--data_path", "nowhere", "--debug", cwd=world.cwd)
+    assert done.returncode == 2 and "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("Give TencentGR data")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_without_cuda_names_auto(world, device):
+    assert_mistake(world.run("--log_path", "cuda", "--device", device), device, "--device auto")
+    assert not (world.cwd / "cuda").exists()
+
+
+def test_a_bad_line_is_refused_or_tolerated_and_counted(world, tmp_path):
+    data = shutil.copytree(world.cwd / "data", tmp_path / "data")
+    lines = (data / "seq.jsonl").read_text().splitlines()
+    lines[6] = lines[6][: len(lines[6]) // 2]
+    (data / "seq.jsonl").write_text("\n".join(lines) + "\n")
+    (data / "seq_offsets.pkl").unlink()
+    flags = ("--config", world.cwd / "small.yaml", "--data_path", data, "--log_path", "log")
+    assert_mistake(run_main(*flags, cwd=tmp_path), "seq.jsonl:7", "max_bad_lines")
+    assert status_of(tmp_path / "log")["state"] == "failed"
+    result = run_main(*flags, "--max_bad_lines", 1, "--overwrite", cwd=tmp_path)
+    assert result.status == 0 and "rejected    1" in result.out
+    (listed,) = (tmp_path / "cache").glob("*.rejects.jsonl")
+    assert json.loads(listed.read_text())["line"] == 7

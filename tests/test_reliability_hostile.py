@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from test_checkpoint import reseal
-from test_main import SMALL, Result, run_main
+from test_main import SMALL, Result, run_main, train_small
 from test_plain_pickle import hostile
 from test_structure import faults
 
@@ -61,9 +61,7 @@ class World(NamedTuple):
 def original(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
     generate(folder / "data", 60, 80, "jsonl", predict=10, max_length=10, mean_length=7)
-    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    done = run_main("--config", "small.yaml", "--data_path", "data", "--log_path", "log", "--checkpoint_path", "ckpt", cwd=folder)
-    assert done.status == 0, done.err
+    train_small(folder, SMALL)
     return folder
 
 
@@ -78,43 +76,20 @@ def world(original, tmp_path) -> World:
 # ---- the programs ----
 
 
+def main_on(world: World, *flags: object) -> Result:
+    return run_main("--config", "small.yaml", "--data_path", "data", *flags, cwd=world.folder)
+
+
 def train(world: World) -> Result:
-    return run_main(
-        "--config",
-        "small.yaml",
-        "--data_path",
-        "data",
-        "--log_path",
-        "new/log",
-        "--checkpoint_path",
-        "new/ckpt",
-        "--mm_emb_id",
-        "81",
-        cwd=world.folder,
-    )
+    return main_on(world, "--log_path", "new/log", "--checkpoint_path", "new/ckpt", "--mm_emb_id", "81")
 
 
 def resume(world: World) -> Result:
-    return run_main(
-        "--config",
-        "small.yaml",
-        "--data_path",
-        "data",
-        "--log_path",
-        "log",
-        "--checkpoint_path",
-        "ckpt",
-        "--resume",
-        "--max_steps",
-        12,
-        cwd=world.folder,
-    )
+    return main_on(world, "--log_path", "log", "--checkpoint_path", "ckpt", "--resume", "--max_steps", 12)
 
 
 def evaluate(world: World) -> Result:
-    return run_main(
-        "--config", "small.yaml", "--data_path", "data", "--inference_only", "--state_dict_path", world.newest, cwd=world.folder
-    )
+    return main_on(world, "--inference_only", "--state_dict_path", world.newest)
 
 
 def answer(world: World) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -69,18 +70,25 @@ def odd_line(kind: str, name: object, creatives: list[int], known: dict[int, int
     return line
 
 
+def odd_users(count: int, kinds: Sequence[str], chance: random.Random, make: Callable[[int, str], object]) -> list:
+    """What make(number, kind) gives for so many users, the kinds in turn; a repeated one is a user that came before."""
+    made: list = []
+    for k in range(count):
+        kind = kinds[k % len(kinds)]
+        made.append(chance.choice(made) if kind == "repeated" and made else make(k, kind))
+    return made
+
+
 @pytest.mark.parametrize("count", rounds(1000, 45)[1:])
 def test_odd_users_are_all_answered(world: World, tmp_path, count):  # noqa: F811
     chance, known, pool = random.Random(16), known_items(world.A), list(pool_of(world.A))
     names = list(json.loads((world.A / "predict_seq.jsonl").read_text().splitlines()[0])[0][:1])
-    lines: list = []
-    for k in range(count):
-        kind = KINDS[k % len(KINDS)]
-        if kind == "repeated" and lines:
-            lines.append(chance.choice(lines))
-            continue
+
+    def line_of(k: int, kind: str) -> list[list]:
         name = chance.choice([f"odd user {k}", names[0], f"nutzer_{k}_\u00e9\u4e2d", 10_000_000 + k])
-        lines.append(odd_line(kind, name, pool, known, chance))
+        return odd_line(kind, name, pool, known, chance)
+
+    lines = odd_users(count, KINDS, chance, line_of)
     data = with_users(world, tmp_path, lines)
     top10s, users = call(world, data)
     assert users == [str(line[0][0]) for line in lines] and len(top10s) == count
@@ -102,15 +110,13 @@ def test_odd_users_in_parquet_are_all_answered(world: World, tmp_path, count):  
     shutil.copytree(world.B, data)
     shutil.rmtree(data / "seq")
     kinds = [kind for kind in KINDS if kind not in ("unknown items of text", "cold features", "no profile", "two profiles", "odd values")]
-    rows: list = []
-    for k in range(count):
-        kind = kinds[k % len(kinds)]
-        if kind == "repeated" and rows:
-            rows.append(chance.choice(rows))
-            continue
+
+    def row_of(k: int, kind: str) -> tuple[int, list[dict]]:
         events = [record for record in odd_line(kind, 0, pool, known, chance) if record[1] is not None]
         number = chance.choice([k + 1, 10_000_000 + k])
-        rows.append((number, [{"item_id": e[1], "action_type": e[4], "timestamp": e[5]} for e in events]))
+        return number, [{"item_id": e[1], "action_type": e[4], "timestamp": e[5]} for e in events]
+
+    rows = odd_users(count, kinds, chance, row_of)
     event = pa.struct([("item_id", pa.uint64()), ("action_type", pa.int8()), ("timestamp", pa.int64())])
     table = pa.table({"user_id": [number for number, _ in rows], "seq": pa.array([events for _, events in rows], pa.list_(event))})
     (data / "seq").mkdir()
