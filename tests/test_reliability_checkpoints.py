@@ -14,7 +14,7 @@ import checkpoint as checkpoints
 from errors import UserError
 
 pytestmark = pytest.mark.reliability
-# Not in the default run: the world of whole runs takes 13 s to make, and tests/test_checkpoint.py holds the same of single saves.
+# Not in the default run: the world of whole runs takes 13 s to make, and test_checkpoint.py and _crashes.py hold the same of single saves.
 STEPS, EVERY = 8, 2
 
 
