@@ -252,6 +252,9 @@ class EvalConfig(_Group):
     cold_candidates: str = setting("rank", "Candidates not in training (with id_dropout: known items without training events too): rank as"
                                    " others, drop, or take a penalty off.", choices=("rank", "drop", "penalty"))  # fmt: skip
     cold_penalty: float = setting(0.1, "cold_candidates penalty: what is taken off a score (cosine or inner product).", minimum=0)
+    transition_weight: float = setting(
+        0.0, "Weight in the ranking of item-to-item transition counts of the training events (transitions.py); 0 = off.", minimum=0
+    )
     test: bool = setting(True, "Test the best checkpoint on the test split at the end; false = on the validation split, so that settings"
                          " can be chosen without a look at the test.")  # fmt: skip
     max_eval_users: int = setting(0, "Users evaluated of each split; 0 = all.", unit="users", minimum=0)

@@ -36,6 +36,7 @@ from evaluate import ITEM_CHUNK, Ranker, trained_items
 from features import FeatureColumns, TableLayout
 from model import TEMPERATURES, Recommender, heads_of
 from schema import Schema
+from transitions import Transitions, from_state, without
 
 ENSEMBLE = "ensemble.json"
 FORMAT_VERSION = 1
@@ -67,18 +68,26 @@ class Member:
         """(items + 1,) bool, what the model was trained on; None where it does not note it (without id_dropout)."""
         return trained_items(self.checkpoint.model_state)
 
+    @property
+    def transitions(self) -> Transitions | None:
+        """The counts that a model with transition_weight is ranked with; UserError where they are damaged."""
+        with fits(self.path):
+            return from_state(self.checkpoint.model_state)
+
     def model(self, device: torch.device) -> Recommender:
         """The model with the checkpoint's weights."""
         with fits(self.path):
             widths = {name: self.schema[name].width for name in self.embeddings}
             model = Recommender(self.config.model, self.layout, widths, self.schema.has_time, **heads_of(self.config.loss))
-            model.load_state_dict(self.checkpoint.model_state)
+            model.load_state_dict(without(self.checkpoint.model_state))
         return model.to(device)
 
     def ranker(self, store, candidate_ids: np.ndarray, device: torch.device, **options) -> Ranker:
         """options: Ranker's batch_size, num_workers, prefetch_batches, cold_penalty."""
         columns = FeatureColumns(store, self.layout, self.embeddings, self.trained)
-        return Ranker(self.model(device), columns, candidate_ids, device=device, temperature=self.temperature, **options)
+        counts, weight = self.transitions, self.config.eval.transition_weight
+        options |= {"temperature": self.temperature, "transitions": counts, "transition_weight": 0.0 if counts is None else weight}
+        return Ranker(self.model(device), columns, candidate_ids, device=device, **options)
 
 
 class Ensemble(NamedTuple):
@@ -112,6 +121,8 @@ class EnsembleRanker(Ranker):
             prefetch_batches=first.prefetch_batches,
             temperature=first.temperature / shares[0],
             cold_penalty=first.cold_penalty / shares[0],
+            transitions=first.transitions,
+            transition_weight=first.transition_weight,
         )
         self.rankers, self.scores = rankers, scores
         self._factors = [share / shares[0] for share in shares]
@@ -221,7 +232,9 @@ def average_checkpoints(out: Path, paths: Sequence[Path]) -> Path:
             if getattr(first, what) != getattr(member, what):
                 different.append(f"{what}: not the same in {first.path} and {member.path}")
     try:
-        state = {} if different else mean_state([member.checkpoint.model_state for member in members], names)
+        counts = first.transitions  # of one data set: the same in all
+        state = {} if different else mean_state([without(member.checkpoint.model_state) for member in members], names)
+        state |= counts.to_state() if counts is not None else {}
     except ValueError as error:
         different.append(str(error))
     if different:

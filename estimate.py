@@ -31,7 +31,7 @@ from logger import format_table
 from machine import Machine, read_machine
 from parallel import give_freed_memory_back, keep_freed_memory
 from retrieval import prepare_catalogue
-from sizes import counting_bytes, map_bytes, ranking_bytes, recent_bytes, successor_bytes, table_bytes
+from sizes import counting_bytes, map_bytes, ranking_bytes, recent_bytes, successor_bytes, table_bytes, transition_bytes
 from trainer import AUTOCAST, Trainer
 from training_loss import TrainingLoss
 
@@ -170,13 +170,18 @@ def estimate_run(config: Config, open_data: Callable[[], Data], device: torch.de
     runtime = anonymous_bytes()
     shadows = Footprint()
     data = open_data()
-    with _idle_loops(), shadows, _Loader(config) as training_loader, _Loader(config) as ranking_loader:
+    counts, counting = transition_bytes(data.store, data.splits.train) if config.eval.transition_weight else (0, 0)
+    with _idle_loops(), shadows, _Loader(config) as training_loader, _Loader(config) as ranking_loader, shadows.blocks(counts):
         trainer = Trainer(config, data.store, data.layout, data.embeddings, data.splits, None, _Silent(), device)
+        trainer.transitions = None  # not counted for this
         _lighten(trainer, shadows)
         training, parts = _follow_training(trainer, shadows, training_loader)
         with shadows.blocks(parts.get(KERNELS, 0)):
             with trainer.updates.averaged():
-                phases = [training, _follow_evaluation(trainer, shadows, ranking_loader, data.splits.valid, "validation")]
+                validation = _follow_evaluation(trainer, shadows, ranking_loader, data.splits.valid, "validation")
+                shadows.mark()
+                with shadows.blocks(counting):
+                    phases = [training, validation._replace(memory=max(validation.memory, shadows.peak))]
                 phases += [_follow_save(trainer, shadows, parts)]
             phases += [_follow_evaluation(trainer, shadows, ranking_loader, data.splits.test, "test")]
             phases += [_follow_baselines(trainer, shadows)] if config.eval.baselines else []
@@ -189,7 +194,7 @@ def estimate_run(config: Config, open_data: Callable[[], Data], device: torch.de
         parts=parts,
         phases=tuple(phases),
         maps=map_bytes(data.store, data.embeddings),
-        checkpoint=sum(saved_bytes(parts)),
+        checkpoint=sum(saved_bytes(parts)) + counts,
         num_checkpoints=num_checkpoints(config, trainer.order.num_batches),
         machine=read_machine(Path(config.paths.checkpoint_path or "checkpoints"), device),
         remedies=_remedies(config, data, parts, phases),

@@ -25,6 +25,7 @@ from metrics import RankingMetrics, action_weights
 from model import Recommender
 from retrieval import Catalogue, prepare_catalogue, rank_targets, topk_exact
 from schema import ACTION_NAMES, ANY_ACTION
+from transitions import Transitions, additions, rank_with_additions, topk_with_additions
 
 ITEM_CHUNK = 16_384  # items encoded at once: keeps the tower's temporaries near 100 MiB at width 64
 LOSS_SAMPLE = 10_000  # candidates that stand for all in the validation loss
@@ -87,7 +88,8 @@ class Ranker:
     """Ranks a fixed set of candidates for users of a store.
 
     candidate_ids: (C,) ids of the store's items, any order; the result is independent of the order. Answers tie-break by lowest id.
-    cold_penalty: taken off the scores of candidates that were not in training.
+    cold_penalty: taken off the scores of candidates that were not in training. transitions: counts whose addition to the scores, times
+    transition_weight, joins in the ranking; the loss is that of the vectors alone.
     """
 
     def __init__(
@@ -102,11 +104,14 @@ class Ranker:
         prefetch_batches: int = 4,
         temperature: float = 1.0,
         cold_penalty: float = 0.0,
+        transitions: Transitions | None = None,
+        transition_weight: float = 0.0,
     ) -> None:
         self.model, self.columns, self.store, self.device = model, columns, columns.store, device
         self.candidate_ids = np.unique(candidate_ids)
         self.batch_size, self.num_workers, self.prefetch_batches, self.temperature = batch_size, num_workers, prefetch_batches, temperature
         self.cold_penalty = cold_penalty
+        self.transitions, self.transition_weight = transitions if transition_weight else None, transition_weight
         self._place = np.full(self.store.num_items + 1, -1, dtype=np.int64)
         self._place[self.candidate_ids] = np.arange(len(self.candidate_ids))
 
@@ -182,10 +187,12 @@ class Ranker:
             if self.cold_penalty:
                 query = torch.cat((query, query.new_ones(len(query), 1)), dim=1)
             seen = self._seen(part) if remove_seen else None
-            found_scores, found = (t.cpu().numpy() for t in topk_exact(query, catalogue, k_found, exclude=seen))
+            asked = None
             if ranks_of is not None and ranks_of[samples].any():
-                target = torch.from_numpy(np.where(ranks_of[samples], self._target_places(part), -1)).to(self.device)
-                target_ranks[samples] = rank_targets(query, catalogue, target, exclude=seen).cpu().numpy()
+                asked = np.where(ranks_of[samples], self._target_places(part), -1)
+            found_scores, found, ranks = self._ranked(query, catalogue, k_found, seen, part, asked)
+            if ranks is not None:
+                target_ranks[samples] = ranks
             if fill and (found < 0).any():
                 found, found_scores = _filled(found, found_scores, query, catalogue)
             ids[samples, :k_found] = np.where(found >= 0, self.candidate_ids[found], 0)
@@ -193,6 +200,20 @@ class Ranker:
             losses.append(self._target_losses(query, candidates, part))
         flat = torch.cat(losses) if losses else torch.zeros(0)
         return Ranking(ids, scores, float(flat.double().mean()), encoded, queries, target_ranks)
+
+    def _ranked(
+        self, query: Tensor, catalogue: Catalogue, k: int, seen: tuple[Tensor, Tensor] | None, part: Split, asked: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """(scores (B, k), places (B, k), ranks (B,) of the places asked for (B,)) of a batch of the split."""
+        if self.transitions is None:
+            scores, found = (t.cpu().numpy() for t in topk_exact(query, catalogue, k, exclude=seen))
+            if asked is None:
+                return scores, found, None
+            ranks = rank_targets(query, catalogue, torch.from_numpy(asked).to(self.device), exclude=seen)
+            return scores, found, ranks.cpu().numpy()
+        added = additions(self.transitions, self.store, part, self._place, self.temperature * self.transition_weight)
+        scores, found = topk_with_additions(query, catalogue, k, added, seen)
+        return scores, found, None if asked is None else rank_with_additions(query, catalogue, asked, added, seen)
 
     def with_penalties(self, candidates: Tensor) -> Tensor:
         """Vectors (C, D) of the candidates; with cold_penalty (C, D + 1), for queries that end in a one."""

@@ -23,12 +23,13 @@ from columns import RaggedColumn
 from ensemble import Member
 from errors import RunError, UserError
 from dataset import Split
-from evaluate import ITEM_CHUNK, move, wanted_actions
+from evaluate import ITEM_CHUNK, Ranker, move, wanted_actions
 from features import USER_ID, FeatureColumns
 from layers import Packing
 from model import Recommender
 from schema import ACTION_NAMES, ANY_ACTION
 from serve import OtherUsers, Served, creative_ids
+from transitions import DECAY, RECENT, SHARPNESS
 
 CARD, ITEMS, ENCODER, PROGRAM, CREATIVES = (
     "card.json", "item_vectors.safetensors", "user_encoder.safetensors", "user_encoder.pt2", "creative_ids.json")  # fmt: skip
@@ -134,7 +135,10 @@ def _safetensors():
 
 @torch.inference_mode()
 def item_tensors(served: Served) -> dict[str, Tensor]:
-    """history (M + 1, D): what each item is in a sequence; candidate (C, D), candidate_ids (C,), score_bias (C,): what is ranked."""
+    """history (M + 1, D): what each item is in a sequence; candidate (C, D), candidate_ids (C,), score_bias (C,): what is ranked.
+
+    With transition_weight also the counts, transitions.*.
+    """
     ranker, store = served.ranker, served.store
     history = torch.empty(store.num_items + 1, ranker.model.config.hidden_units)
     for begin in range(0, len(history), ITEM_CHUNK):
@@ -144,7 +148,8 @@ def item_tensors(served: Served) -> dict[str, Tensor]:
     vectors = ranker.with_penalties(candidate)
     bias = vectors[:, -1] if ranker.cold_penalty else torch.zeros(len(vectors))
     ids = torch.from_numpy(ranker.candidate_ids.astype(np.int64))
-    return {"history": history, "candidate": candidate, "candidate_ids": ids, "score_bias": bias}
+    tensors = {"history": history, "candidate": candidate, "candidate_ids": ids, "score_bias": bias}
+    return tensors | (ranker.transitions.to_state() if ranker.transitions is not None else {})
 
 
 @torch.inference_mode()
@@ -234,9 +239,11 @@ def card(served: Served, member: Member, fields: list[dict], tensors: dict[str, 
             "wanted_action": int(wanted_actions(config.eval.wanted_action, store, NOBODY)[0]),
         },
         "ranking": {
-            "score": "query . candidate + score_bias; the items of a user's events left out; ties go to the lower id",
+            "score": f"query . candidate + score_bias{' + addition' if ranker.transitions is not None else ''}; "
+                     "the items of a user's events left out; ties go to the lower id",
             "temperature": member.temperature,
             "similarity": config.model.similarity,
+            **({"transitions": transitions_card(ranker)} if ranker.transitions is not None else {}),
         },
         "settings": config.to_dict(),
         "files": {
@@ -247,6 +254,15 @@ def card(served: Served, member: Member, fields: list[dict], tensors: dict[str, 
         "torch": torch.__version__,
     }  # fmt: skip
     return plain_json(tree)
+
+
+def transitions_card(ranker: Ranker) -> dict:
+    """How the addition to a user's scores follows from the tensors transitions.*."""
+    return {
+        "addition": "scale * log(1 + sharpness * a[j]); a[j]: sum over the user's last `recent` events h, p = 0 the newest, of decay^p "
+                    "affinity[n] for n from offsets[h] to offsets[h + 1] - 1 with items[n] = j",
+        "scale": ranker.temperature * ranker.transition_weight, "sharpness": SHARPNESS, "recent": RECENT, "decay": DECAY,
+    }  # fmt: skip
 
 
 def _sha256(path: Path) -> str:

@@ -127,11 +127,20 @@ def topk_exact(query: Tensor, item_emb: Tensor | Catalogue, k: int, *, exclude: 
     return scores, index
 
 
-def rank_targets(query: Tensor, catalogue: Catalogue, target: Tensor, *, exclude: Exclude | None = None) -> Tensor:
+def pair_scores(query: Tensor, catalogue: Catalogue, rows: Tensor, candidates: Tensor) -> Tensor:
+    """Scores (P,) float32 of pairs of query rows (P,) and candidates (P,), both int64: those by which `topk_exact` ranks."""
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        return _final_scores(query.detach().to(torch.float32), catalogue.item_emb, rows, candidates)
+
+
+def rank_targets(
+    query: Tensor, catalogue: Catalogue, target: Tensor, *, exclude: Exclude | None = None, own: Tensor | None = None
+) -> Tensor:
     """How many candidates come before each query's target in the ranking of `topk_exact`: (B,) int64, 0 = it is the first.
 
     query: (B, D). target: (B,) int64 index into the candidates, -1 = none. exclude: as in `topk_exact`; what is excluded stands before
-    nobody. -1 where there is no target, or where it is excluded itself. Raises RunError for a vector that is not finite.
+    nobody. own: (B,) float32 scores of the targets, at least their inner products; None = these. -1 where there is no target, or where it
+    is excluded itself. Raises RunError for a vector that is not finite.
     """
     query = query.detach().to(torch.float32).contiguous()
     ranks = torch.full((len(query),), -1, dtype=torch.int64, device=query.device)
@@ -139,11 +148,11 @@ def rank_targets(query: Tensor, catalogue: Catalogue, target: Tensor, *, exclude
         for start in range(0, len(query), QUERY_CHUNK):
             part = slice(start, min(start + QUERY_CHUNK, len(query)))
             excluded = None if exclude is None else _excluded_keys(exclude, part.start, part.stop, len(catalogue.item_emb))
-            ranks[part] = _count_before(query[part], catalogue, target[part], excluded)
+            ranks[part] = _count_before(query[part], catalogue, target[part], excluded, None if own is None else own[part])
     return ranks
 
 
-def _count_before(query: Tensor, catalogue: Catalogue, target: Tensor, excluded: Tensor | None) -> Tensor:
+def _count_before(query: Tensor, catalogue: Catalogue, target: Tensor, excluded: Tensor | None, own: Tensor | None) -> Tensor:
     """Ranks (B,) of targets (B,): float32 products settle all pairs but those within rounding of the target's score; these are exact."""
     items, num_queries = catalogue.item_emb, len(query)
     rows = torch.arange(num_queries, device=query.device)
@@ -152,7 +161,7 @@ def _count_before(query: Tensor, catalogue: Catalogue, target: Tensor, excluded:
         keys = target * num_queries + rows
         known = known & (excluded[torch.searchsorted(excluded, keys).clamp_(max=len(excluded) - 1)] != keys)
     target = target.clamp_min(0)
-    own = _final_scores(query, items, rows, target)
+    own = _final_scores(query, items, rows, target) if own is None else own
     error = _first_pass_error(query, catalogue, False)
     low, high = _round_down(own - error), -_round_down(-(own + error))
     before = torch.zeros(num_queries, dtype=torch.int64, device=query.device)

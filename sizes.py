@@ -17,7 +17,9 @@ from features import ITEM_ID, USER_ID, TableLayout
 from retrieval import CPU_BLOCK, CUDA_BLOCK, MAX_GROUP, MAXIMA_BYTES, SUSPECTS
 from schema import Schema
 from store_files import array_bytes
+from transitions import COUNTED_AT_ONCE, WINDOW, most_successors
 
+TRANSITION_BYTES = 88  # measured: of a pair while transitions.count_transitions sorts them, where no two are alike
 SAMPLED_USERS = 20_000  # whose events tell how often the baselines' items occur
 PAIR_BYTES, LIST_BYTES = 66, 520  # measured: of a pair while baselines.successors sorts them; of an item's list, an object of its own
 
@@ -60,6 +62,13 @@ def successor_bytes(store, train: Split, test: Split) -> int:
     seen = np.concatenate([wanted[items] for items, _ in iterate_events(store, sample)])
     pairs = int(seen.mean() * (train.end - train.begin).sum())
     return len(wanted) + max(counting_bytes(store, train) + 8 * pairs, PAIR_BYTES * pairs, 24 * pairs + LIST_BYTES * int(wanted.sum()))
+
+
+def transition_bytes(store, split: Split) -> tuple[int, int]:
+    """transitions.count_transitions: (what is kept and saved, what counting takes) where no two pairs are alike, the worst case."""
+    pairs = int((split.end - split.begin).sum()) * WINDOW
+    kept = 8 * (store.num_items + 2) + 8 * min(pairs, most_successors(store.num_items) * store.num_items)
+    return kept, max(counting_bytes(store, split), TRANSITION_BYTES * min(pairs, COUNTED_AT_ONCE))
 
 
 def map_bytes(store, embeddings: tuple[str, ...]) -> dict[str, int]:

@@ -38,6 +38,7 @@ from parallel import cores, give_freed_memory_back, keep_freed_memory
 from runs import RunPaths, write_status
 from slices import groups_of, quality, user_values
 from training_loss import TrainingLoss, negative_sampling
+from transitions import Transitions, count_transitions, without
 from updates import Updates
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -154,6 +155,11 @@ class Trainer:
     def _item_ids_digest(self) -> str:
         return known_items_digest(self.store)
 
+    @cached_property
+    def transitions(self) -> Transitions | None:
+        """With transition_weight: the counts of the training split, which a checkpoint holds for inference."""
+        return count_transitions(self.store, self.splits.train) if self.config.eval.transition_weight else None
+
     def _note_trained_items(self) -> None:
         """With id_dropout: items with training events join those that the model has been trained on."""
         if self.config.model.id_dropout:
@@ -162,7 +168,7 @@ class Trainer:
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
         """state: of model.pt."""
-        self.model.load_state_dict(state)
+        self.model.load_state_dict(without(state))
         self.columns.trained = trained_items(dict(self.model.named_buffers()))
 
     # ---- training ----
@@ -386,6 +392,8 @@ class Trainer:
             prefetch_batches=config.data.prefetch_batches,
             temperature=self._temperature(),
             cold_penalty=config.eval.cold_penalty if config.eval.cold_candidates == "penalty" else 0.0,
+            transitions=self.transitions,
+            transition_weight=config.eval.transition_weight,
         )
         return self.ranker_of(ranker) if self.ranker_of else ranker
 
@@ -457,7 +465,7 @@ class Trainer:
         root = self.run.checkpoint_dir
         self.logger.sync()
         with self.updates.averaged():
-            model_state = self.model.state_dict()
+            model_state = self.model.state_dict() | (self.transitions.to_state() if self.transitions is not None else {})
         path = checkpoints.save_checkpoint(
             root,
             step=self.step,

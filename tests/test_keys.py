@@ -228,6 +228,7 @@ CASES = {
     "wanted_action": Case("click", valid_losses, base={"action_conditioning": "film", "learning_rate": 0.01}),
     "cold_candidates": Case("drop", metric("num_candidates"), base={"id_dropout": 0.1}),
     "cold_penalty": Case(0.5, valid_losses, base={"id_dropout": 0.1, "cold_candidates": "penalty"}),
+    "transition_weight": Case(100.0, metric("ndcg@10"), base={"protocol": "leave_one_out"}),
     "remove_seen": Case(False, called("seen items removed"), ({True}, {False})),
     "max_eval_users": Case(2, metric("num_users"), (3, 2)),
     "eval_batch_size": Case(4, lambda seen: max(seen.calls["users ranked at once"]), (15, 4), WIDE),

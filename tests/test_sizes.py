@@ -19,9 +19,20 @@ from embedding import JointTable
 from features import TableLayout
 from retrieval import prepare_catalogue, topk_exact
 from schema import TENCENT_GR
-from sizes import counting_bytes, layout_of, map_bytes, ranking_bytes, recent_bytes, store_bytes, successor_bytes, table_bytes
+from sizes import (
+    counting_bytes,
+    layout_of,
+    map_bytes,
+    ranking_bytes,
+    recent_bytes,
+    store_bytes,
+    successor_bytes,
+    table_bytes,
+    transition_bytes,
+)
 from store import open_store
 from synthetic import generate
+from transitions import count_transitions
 
 MIB = 2**20
 
@@ -68,6 +79,16 @@ def test_successors(num_users: int, num_items: int, num_test: int) -> None:
     wanted = np.unique(store.item_ids[test.end - 1])
     real = traced(lambda: successors(store, split, wanted))
     assert real * 0.85 < successor_bytes(store, split, test) < real * 1.6  # the worst case is that no pair comes twice
+
+
+@pytest.mark.parametrize(("num_users", "num_items"), [(5_000, 400_000), (5_000, 300)])
+def test_transitions(num_users: int, num_items: int) -> None:
+    store, split = arrays(num_users, num_items, 20)
+    kept, counting = transition_bytes(store, split)
+    found = []
+    real = traced(lambda: found.append(count_transitions(store, split)))
+    assert real * 0.9 < counting + kept < real * 2.4  # the worst case, that no pair comes twice, is the first one here
+    assert sum(array.nbytes for array in found[0]) <= kept
 
 
 class Live(TorchDispatchMode):

@@ -1,0 +1,218 @@
+"""transitions.py: counts against a plain loop, rankings with them against brute force, and their way through checkpoints to inference."""
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from test_evaluate import SPLIT, ranker
+from test_export import foreign_answers
+from test_infer import run_infer
+from test_main import run_main
+from test_model import make
+from test_serve import requests_of
+from tiny import tiny_store
+
+import transitions
+from checkpoint import list_checkpoints, load_checkpoint
+from dataset import make_splits, predict_split
+from ensemble import average_checkpoints, read_ensemble, write_ensemble
+from errors import UserError
+from serve import Answerer, open_served, parse_request
+from transitions import DECAY, RECENT, SHARPNESS, WINDOW, Transitions, count_transitions, from_state, without
+
+
+def counted(store, split) -> dict[int, dict[int, float]]:
+    """{item: {successor: A}} by the definition."""
+    pairs: dict[int, Counter] = {}
+    for begin, end in zip(split.begin, split.end):
+        items = store.item_ids[begin:end].tolist()
+        for first, item in enumerate(items):
+            for gap in range(1, WINDOW + 1):
+                if first + gap < len(items):
+                    pairs.setdefault(item, Counter())[items[first + gap]] += DECAY ** (gap - 1)
+    return {item: {j: c / math.sqrt(sum(of.values())) for j, c in of.items()} for item, of in pairs.items()}
+
+
+def as_dict(counts: Transitions) -> dict[int, dict[int, float]]:
+    rows = zip(counts.offsets, counts.offsets[1:])
+    found = [dict(zip(counts.items[a:b].tolist(), counts.affinity[a:b].tolist())) for a, b in rows]
+    return {item: of for item, of in enumerate(found) if of}
+
+
+def affinities(counted_: dict, history: list[int], num_items: int) -> np.ndarray:
+    found = np.zeros(num_items + 1)
+    for place, item in enumerate(reversed(history[-RECENT:])):
+        for successor, share in counted_.get(item, {}).items():
+            found[successor] += DECAY**place * share
+    return found
+
+
+@pytest.mark.parametrize("at_once", [1 << 24, 8])  # 8: a pass an item or two
+def test_counts_are_those_of_a_plain_loop(monkeypatch, at_once):
+    monkeypatch.setattr(transitions, "COUNTED_AT_ONCE", at_once)
+    store = tiny_store(num_users=60, num_items=15, min_events=1, max_events=25)
+    split = make_splits(store, **SPLIT).train
+    found, expected = as_dict(count_transitions(store, split)), counted(store, split)
+    assert found.keys() == expected.keys()
+    for item, of in expected.items():
+        assert found[item] == pytest.approx(of, rel=1e-6)
+
+
+def test_only_the_largest_successors_are_kept(monkeypatch):
+    monkeypatch.setattr(transitions, "MOST", 4)
+    store = tiny_store(num_users=60, num_items=15, min_events=5, max_events=25)
+    split = make_splits(store, **SPLIT).train
+    found, expected = count_transitions(store, split), counted(store, split)
+    assert (np.diff(found.offsets) <= 4).all() and (np.diff(found.offsets) == 4).any()
+    for item, of in as_dict(found).items():
+        assert sorted(of.values(), reverse=True) == pytest.approx(sorted(expected[item].values(), reverse=True)[:4], rel=1e-6)
+        assert list(of.values()) == sorted(of.values(), reverse=True)
+
+
+def test_a_set_without_pairs():
+    store = tiny_store(sequences=[[1], [2], []], num_items=5)
+    counts = count_transitions(store, predict_split(store))
+    assert counts.offsets.tolist() == [0] * 7 and len(counts.items) == 0
+    _, model, columns = make(store)
+    with_counts = ranker(store, model, columns, transitions=counts, transition_weight=1.0).rank(predict_split(store), 3, True)
+    assert (with_counts.topk_ids == ranker(store, model, columns).rank(predict_split(store), 3, True).topk_ids).all()
+
+
+@pytest.mark.parametrize("remove_seen", [True, False])
+@pytest.mark.parametrize("candidates", [np.arange(1, 21), np.array([19, 2, 3, 5, 7, 11, 13, 17])])
+def test_ranking_and_ranks_equal_brute_force(remove_seen, candidates):
+    store, model, columns = make(tiny_store(num_users=40, num_items=20, max_events=14, seed=4))
+    splits = make_splits(store, **SPLIT)
+    split, counts = splits.test, count_transitions(store, splits.train)
+    plain = ranker(store, model, columns, candidates).rank(split, 5, remove_seen, keep_queries=True)
+    asked = np.ones(split.num_samples, dtype=bool)
+    asked[1] = False
+    options = {"transitions": counts, "transition_weight": 0.7, "temperature": 0.5}
+    found = ranker(store, model, columns, candidates, **options).rank(split, 5, remove_seen, ranks_of=asked)
+    places, changed = np.sort(candidates), 0
+    for row in range(split.num_samples):
+        history = store.item_ids[split.begin[row] : split.end[row]].tolist()
+        extra = 0.5 * 0.7 * np.log1p(SHARPNESS * affinities(counted(store, splits.train), history, store.num_items))[places]
+        scores = plain.candidates.double().numpy() @ plain.queries[row].astype(np.float64) + extra
+        left = [(-score, item) for score, item in zip(scores, places.tolist()) if not (remove_seen and item in history)]
+        whole = [item for _, item in sorted(left)]
+        assert found.topk_ids[row][found.topk_ids[row] > 0].tolist() == whole[:5]
+        changed += whole[:5] != plain.topk_ids[row].tolist()
+        target = int(store.item_ids[split.target[row]])
+        assert found.target_ranks[row] == (whole.index(target) if target in whole and row != 1 else -1)
+    assert changed > 10  # the counts do something here
+
+
+def test_batch_size_and_order_of_candidates_change_nothing():
+    store, model, columns = make()
+    splits = make_splits(store, **SPLIT)
+    options = {"transitions": count_transitions(store, splits.train), "transition_weight": 1.0}
+    asked = np.ones(splits.test.num_samples, dtype=bool)
+    one = ranker(store, model, columns, **options).rank(splits.test, 10, True, ranks_of=asked)
+    shuffled = np.random.default_rng(0).permutation(np.arange(1, store.num_items + 1))
+    for batch_size, candidates in ((1, None), (7, shuffled), (512, None)):
+        other = ranker(store, model, columns, candidates, batch_size=batch_size, **options).rank(splits.test, 10, True, ranks_of=asked)
+        assert (other.topk_ids == one.topk_ids).all() and np.allclose(other.topk_scores, one.topk_scores, atol=1e-6)
+        assert (other.target_ranks == one.target_ranks).all()
+
+
+def test_items_that_came_after_training_are_no_error():
+    store, model, columns = make()
+    counts = count_transitions(store, predict_split(store))
+    few = Transitions(counts.offsets[:6], counts.items[: counts.offsets[5]].clip(max=4), counts.affinity[: counts.offsets[5]])
+    ranker(store, model, columns, transitions=few, transition_weight=1.0).rank(predict_split(store), 5, True)
+
+
+def test_state_of_a_checkpoint_and_what_is_no_such_thing():
+    store, *_ = make()
+    counts = count_transitions(store, predict_split(store))
+    state = {"w": torch.zeros(2)} | counts.to_state()
+    back = from_state(state)
+    assert all((a == b).all() and a.dtype == b.dtype for a, b in zip(back, counts)) and list(without(state)) == ["w"]
+    assert from_state({"w": torch.zeros(2)}) is None
+    for name, value in (("offsets", state["transitions.offsets"].flip(0)), ("items", -state["transitions.items"]),
+                        ("affinity", state["transitions.affinity"][1:]), ("affinity", state["transitions.affinity"] * torch.nan)):  # fmt: skip
+        with pytest.raises(ValueError, match="transitions"):
+            from_state(state | {f"transitions.{name}": value})
+
+
+SETTINGS = ("--transition_weight", 1, "--hidden_units", 8, "--num_blocks", 1, "--num_heads", 1, "--num_epochs", 2, "--batch_size", 16)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    from synthetic import generate
+
+    folder = tmp_path_factory.mktemp("transitions")
+    generate(folder / "data", 120, 200, "jsonl", predict=15, seed=3, max_length=20, mean_length=12)
+    paths = ("--data_path", "data", "--cache_path", "cache", "--log_path", "log", "--checkpoint_path", "ck", "--no-tensorboard")
+    done = run_main(*paths, *SETTINGS, cwd=folder)
+    assert done.status == 0, done.err
+    return folder, paths
+
+
+def test_a_run_keeps_them_for_inference(trained):
+    folder, paths = trained
+    test = json.loads((folder / "log/metrics.json").read_text())
+    again = ("--inference_only", "--state_dict_path", "ck/best_model.pt", "--log_path")
+    for weight, same in ((1, True), (0, False)):
+        done = run_main(*paths, *again, f"log{weight}", "--transition_weight", weight, cwd=folder)
+        assert done.status == 0, done.err
+        (found,) = (folder / f"log{weight}").glob("**/metrics.json")
+        assert (json.loads(found.read_text())["ndcg@10"] == test["ndcg@10"]) == same
+    best = load_checkpoint(folder / "ck/best_model.pt", with_trainer=False)
+    assert from_state(best.model_state) is not None
+    member = read_ensemble(folder / "ck/best_model.pt").members[0]
+    assert member.config.eval.transition_weight == 1
+
+
+def test_export_and_stdin_give_the_same_answers(trained):
+    pytest.importorskip("safetensors")
+    folder, _ = trained
+    data = {"EVAL_DATA_PATH": str(folder / "data-eval"), "USER_CACHE_PATH": str(folder / "cache")}
+    done = run_infer("--export", "out", "--state_dict_path", "ck/best_model.pt", cwd=folder, **data)
+    assert done.status == 0, done.err
+    done = run_infer("--output", "result.json", cwd=folder, **data | {"MODEL_OUTPUT_PATH": str(folder / "ck/best_model.pt")})
+    assert done.status == 0, done.err
+    result = json.loads((folder / "result.json").read_text())
+    served = open_served(read_ensemble(folder / "ck/best_model.pt"), folder / "data-eval", "predict", folder / "cache", torch.device("cpu"))
+    assert served.ranker.transition_weight == 1
+    requests = requests_of(served.store)
+    assert foreign_answers(folder / "out", requests, folder) == result["top10s"]
+    answerer = Answerer(served)
+    answers = [answerer.answer(parse_request(json.dumps(request), served.store.schema, 10))["items"] for request in requests]
+    assert answers == result["top10s"]
+
+
+def test_resumed_means_and_ensembles(trained):
+    folder, paths = trained
+    first, second = list_checkpoints(folder / "ck")
+    counts = from_state(load_checkpoint(second, with_trainer=False).model_state)
+    mean = load_checkpoint(average_checkpoints(folder / "mean", [first, second]), with_trainer=False)
+    assert all((a == b).all() for a, b in zip(from_state(mean.model_state), counts))
+    both = read_ensemble(write_ensemble(folder / "both", [first, second]))
+    assert all(member.config.eval.transition_weight == 1 for member in both.members)
+    done = run_main(*paths, *SETTINGS, "--resume", "--num_epochs", 3, cwd=folder)
+    assert done.status == 0, done.err
+    broken = dict(load_checkpoint(second, with_trainer=False).model_state)
+    broken["transitions.items"] = broken["transitions.items"] * 1000
+    member = read_ensemble(second).members[0]
+    member.checkpoint = member.checkpoint._replace(model_state=broken)
+    with pytest.raises(UserError):
+        _ = member.transitions
+
+
+def test_an_ensemble_of_one_model_twice_ranks_as_the_model():
+    from ensemble import EnsembleRanker
+
+    store, model, columns = make()
+    splits = make_splits(store, **SPLIT)
+    options = {"transitions": count_transitions(store, splits.train), "transition_weight": 1.0, "temperature": 0.3}
+    one = ranker(store, model, columns, **options)
+    expected = one.rank(splits.test, 10, True).topk_ids
+    for weights in ([1.0, 1.0], [1.0, 3.0]):
+        found = EnsembleRanker([one, one], weights, "softmax").rank(splits.test, 10, True).topk_ids
+        assert (found == expected).all()
