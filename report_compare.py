@@ -16,6 +16,7 @@ from charts import COLOURS, Value, intervals, lines
 from config import Config
 from logger import format_duration
 from metrics import SCORE_K, paired_interval
+from ranks import Ranks
 from report_html import NONE, Html, details, heading, metric, note, number, section, table
 from report_read import Run, curve, data_of, incomparable
 
@@ -36,7 +37,7 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def words(self) -> str:
-        return f"{signed(self.mean)}, 95 % interval {signed(self.low)} to {signed(self.high)}, over the {self.num_users:,} users in common"
+        return f"{signed(self.mean)}, 95 % interval {signed(self.low)} to {signed(self.high)}, over the same {self.num_users:,} users"
 
 
 def signed(value: float) -> str:
@@ -57,6 +58,13 @@ def difference(run: Run, other: Run, key: str) -> Difference | None:
     if len(ours) < FEW:
         return None
     return Difference(*paired_interval(gains(run.ranks.rank[ours], key) - gains(other.ranks.rank[theirs], key)), len(ours))
+
+
+def less_baseline(ranks: Ranks | None, name: str, key: str) -> Difference | None:
+    """The model less a baseline, paired by user; None where the ranks say nothing of that baseline, or are of too few users."""
+    if ranks is None or name not in ranks.baselines or len(ranks.user) < FEW:
+        return None
+    return Difference(*paired_interval(gains(ranks.rank, key) - gains(ranks.baselines[name], key)), len(ranks.user))
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

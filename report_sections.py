@@ -15,7 +15,8 @@ import numpy as np
 from charts import Value, bars, intervals, lines
 from config import Config
 from logger import format_duration
-from report_compare import METRICS, against, plain, seconds_of, shown
+from ranks import Ranks
+from report_compare import FEW, METRICS, against, difference, less_baseline, plain, seconds_of, shown, signed
 from report_html import NONE, Html, bar, count, details, esc, facts, heading, metric, note, number, percent, pre, section, table, tiles
 from report_read import Run, curve
 from report_users import moment
@@ -29,27 +30,40 @@ WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 # ---- summary ------------------------------------------------------------------------------------------------------------
 
 
-def verdict(metrics: dict) -> tuple[str, str]:
-    """(class, sentence): the model against the best of the three baselines by NDCG@10, or why nothing can be said."""
+def verdict(metrics: dict, ranks: Ranks | None) -> tuple[str, str]:
+    """(class, sentence): the model against the best of the three baselines by NDCG@10, or why nothing can be said.
+
+    ranks: of the same test; with the baselines' places in them the difference has its paired interval.
+    """
     own = number(metrics.get("ndcg@10"))
     if own is None:
         return "none", "No test metrics: the run did not reach its evaluation on the test split."
-    others = {name: value for key, name in BASELINES.items() if (value := number(metrics.get(f"{key}.ndcg@10"))) is not None}
+    others = {key: value for key in BASELINES if (value := number(metrics.get(f"{key}.ndcg@10"))) is not None}
     if not others:
         return "none", f"NDCG@10 {own:.4f}; no baseline was evaluated to compare it with."
     best = max(others, key=others.__getitem__)
-    words = f"NDCG@10 {own:.4f} against {others[best]:.4f} of {best}"
+    words = f"NDCG@10 {own:.4f} against {others[best]:.4f} of {BASELINES[best]}"
     words += f" ({100 * (own / others[best] - 1):+.0f} %)" if others[best] else ""
     beaten = sum(own > value for value in others.values())
-    if beaten == len(others):
-        return "good", f"Beats all {len(others)} baselines: {words}, the best of them."
-    return "bad", f"Beats {beaten} of {len(others)} baselines: {words}."
+    beats = f"Beats {f'all {beaten}' if beaten == len(others) else f'{beaten} of {len(others)}'} baselines: {words}, the best of them"
+    found = less_baseline(ranks, best, "ndcg@10")
+    if found is None:
+        return "good" if beaten == len(others) else "bad", f"{beats}; no interval, {_no_interval(ranks, best)}."
+    if not found.clear:
+        return "none", f"No clear difference to the best baseline: {words}. Paired difference {found.words()}."
+    return "good" if found.mean > 0 else "bad", f"{beats}. Paired difference {found.words()}."
+
+
+def _no_interval(ranks: Ranks | None, baseline: str) -> str:
+    if ranks is None:
+        return "as ranks.npz is missing or cannot be read"
+    return "as ranks.npz has no places of this baseline" if baseline not in ranks.baselines else f"as fewer than {FEW} users have ranks"
 
 
 def summary_section(run: Run, earlier: Run | None) -> Html:
     """earlier: the best comparable run beside this one, None where there is none."""
     state = run.status.get("state", "unknown")
-    parts = [_verdict(*verdict(run.metrics))]
+    parts = [_verdict(*verdict(run.metrics, run.ranks))]
     if earlier is not None:
         parts.append(_verdict(*against(run, earlier)))
     if state != "finished":
@@ -85,15 +99,22 @@ def _tiles(run: Run) -> str:
 
 
 def _bars(run: Run, earlier: Run | None) -> str:
-    named = [("this model", run.metrics, "")] + [(name, run.metrics, f"{key}.") for key, name in BASELINES.items()]
+    """The metrics of the model, the baselines and the earlier run, and the paired differences in NDCG@10 where there are any."""
+    named = [("this model", run.metrics, "", None)]
     if earlier is not None:
-        named.insert(1, (f"earlier: {earlier.name}", earlier.metrics, ""))
-    found = [(name, [number(metrics.get(prefix + key)) for key in METRICS]) for name, metrics, prefix in named]
-    found = [(name, values) for name, values in found if any(value is not None for value in values)]
-    top = max((values[1] or 0.0 for _, values in found), default=0.0)
-    rows = [[name, *map(metric, values), bar((values[1] or 0.0) / top if top else 0.0, "c0" if name == "this model" else "c5")]
-            for name, values in found]  # fmt: skip
-    return table(["", *METRICS.values(), "NDCG@10"], rows, "", (1, 2, 3)) if rows else ""
+        named.append((f"earlier: {earlier.name}", earlier.metrics, "", difference(run, earlier, "ndcg@10")))
+    named += [(name, run.metrics, f"{key}.", less_baseline(run.ranks, key, "ndcg@10")) for key, name in BASELINES.items()]
+    found = [(name, [number(metrics.get(prefix + key)) for key in METRICS], less) for name, metrics, prefix, less in named]
+    found = [(name, values, less) for name, values, less in found if any(value is not None for value in values)]
+    top = max((values[1] or 0.0 for _, values, _ in found), default=0.0)
+    paired = any(less is not None for *_, less in found)
+    rows = []
+    for name, values, less in found:
+        interval = [NONE if less is None else f"{signed(less.mean)} ({signed(less.low)} to {signed(less.high)})"] if paired else []
+        length = (values[1] or 0.0) / top if top else 0.0
+        rows.append([name, *map(metric, values), bar(length, "c0" if name == "this model" else "c5"), *interval])
+    header = ["", *METRICS.values(), "NDCG@10", *(["difference, 95 % interval"] if paired else [])]
+    return table(header, rows, "", (1, 2, 3, 5)) if rows else ""
 
 
 def _how_tested(run: Run) -> str:

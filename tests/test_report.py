@@ -18,9 +18,10 @@ import charts
 import report
 from config import Config, with_values
 from errors import UserError
-from report_compare import difference, differing_settings, gains, names_of
+from ranks import Ranks, write_ranks
+from report_compare import difference, differing_settings, gains, less_baseline, names_of, signed
 from report_read import best_earlier, curve, incomparable, read_run
-from report_sections import commands, verdict
+from report_sections import BASELINES, commands, verdict
 from runs import write_start_files, write_status
 from settings import dump_yaml
 
@@ -99,7 +100,7 @@ def test_sections_and_figures(run):
     page = page_of(run)
     for heading in ("Summary", "Learning curves", "Quality by slice", "Sample users", "Data", "Configuration", "Environment", "Commands"):
         assert heading in page.text
-    assert "Beats all 3 baselines: NDCG@10 0.0600 against 0.0400 of item-to-item (+50 %), the best of them." in page.text
+    assert "Beats all 3 baselines: NDCG@10 0.0600 against 0.0400 of item-to-item (+50 %), the best of them; no interval, as" in page.text
     assert "this model 0.1000 0.0600 0.0700" in page.text and "most recent 0.0500 0.0300 0.0350" in page.text
     assert "400 users, 6,000 candidates ranked, seen items removed" in page.text
     assert f"± {1.96 * math.sqrt(0.1 * 0.9 / 400):.4f}" in page.text
@@ -220,8 +221,47 @@ def test_a_long_run_stays_small(run):
     ({"ndcg@10": 0.1, "recent.ndcg@10": 0.1}, "bad", "Beats 0 of 1"), ({"ndcg@10": 0.0, "recent.ndcg@10": 0.0}, "bad", "Beats 0 of 1"),
 ])  # fmt: skip
 def test_verdict(metrics, kind, words):
-    found, sentence = verdict(metrics)
-    assert found == kind and words in sentence
+    found, sentence = verdict(metrics, None)
+    assert found == kind and words in sentence and (("no interval, as ranks.npz is missing" in sentence) == ("Beats" in sentence))
+
+
+def ranks_of(model, **baselines):
+    return Ranks(np.arange(len(model)), np.array(model), np.zeros((0, 10)), {name: np.array(place) for name, place in baselines.items()})
+
+
+def test_verdict_with_an_interval_over_users():
+    """0.5 = NDCG of place 3 (0-based 2); every second user of 100, so the interval is that of a proportion: +- 1.96 * 0.25 / 10."""
+    metrics = {"ndcg@10": 0.25, "recent.ndcg@10": 0.0, "popularity.ndcg@10": 0.0}
+    half, never = [2, -1] * 50, [-1] * 100
+    kind, sentence = verdict(metrics, ranks_of(half, popularity=never, recent=never))
+    found = re.search(r"difference \+0\.2500, 95 % interval \+(\S+) to \+(\S+), over the same 100 users", sentence)
+    assert kind == "good" and [float(x) for x in found.groups()] == pytest.approx([0.25 - 0.049, 0.25 + 0.049], abs=0.008)
+    # The same figures the other way round, and rankers that find each others' misses.
+    kind, sentence = verdict({"ndcg@10": 0.0, "popularity.ndcg@10": 0.25}, ranks_of(never, popularity=half))
+    assert kind == "bad" and "Beats 0 of 1 baselines" in sentence and "difference −0.2500, 95 % interval −0." in sentence
+    other = [-1, 2] * 48 + [-1, -1] * 2
+    kind, sentence = verdict({"ndcg@10": 0.25, "popularity.ndcg@10": 0.24}, ranks_of(half, popularity=other))
+    assert kind == "none" and sentence.startswith("No clear difference to the best baseline: NDCG@10 0.2500 against 0.2400")
+    # No interval: an older file, and too few users.
+    for ranks, why in ((ranks_of(half), "has no places of this baseline"), (ranks_of([0] * 9, recent=[1] * 9), "fewer than 30 users")):
+        kind, sentence = verdict({"ndcg@10": 0.25, "recent.ndcg@10": 0.2}, ranks)
+        assert kind == "good" and "Beats all 1 baselines" in sentence and f"; no interval, as {why}" in sentence.replace("ranks.npz ", "")
+
+
+def test_intervals_against_baselines_are_in_the_table(tmp_path):
+    _, _, _, metrics = write_run(tmp_path / "one")
+    run = read_run(tmp_path / "one")
+    page = page_of(tmp_path / "one")
+    for key, name in BASELINES.items():
+        found = less_baseline(run.ranks, key, "ndcg@10")
+        assert found.mean == pytest.approx(metrics["ndcg@10"] - metrics[f"{key}.ndcg@10"])
+        row = " ".join(f"{metrics[f'{key}.{of}']:.4f}" for of in ("hr@10", "ndcg@10", "score"))
+        assert f"{name} {row} {signed(found.mean)} ({signed(found.low)} to {signed(found.high)})" in page.text
+    # A run of before they were kept has neither the column nor a guess.
+    user, rank, topk_ids, _ = run.ranks
+    write_ranks(tmp_path / "one", user, rank, topk_ids, {})
+    page = page_of(tmp_path / "one")
+    assert "no interval, as ranks.npz has no places" in page.text and "difference, 95 % interval" not in page.text
 
 
 def test_commands_can_be_pasted(run):
