@@ -75,23 +75,16 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return [f"{n + 1}: {run.name}" for n, run in enumerate(runs)]
 
 
-def seconds_of(run: Run) -> float | None:
-    """From the first line of train.log to the last."""
-    times = [value for record in run.log if (value := number(record.get("time"))) is not None]
-    return times[-1] - times[0] if times else None
-
-
 def compare_section(run: Run, others: Sequence[Run]) -> Html:
     """`run` beside the others. Differences are run less other."""
     runs = [run, *others]
     names = names_of(runs)
     rows = []
     for name, one in zip(names, runs):
-        seconds = seconds_of(one)
         state = one.status.get("state", "unknown")
         users = number(one.metrics.get("num_users"))
         rows.append([name, *(metric(one.metrics.get(key)) for key in METRICS), NONE if users is None else f"{users:,.0f}",
-                     one.status.get("step", NONE), NONE if seconds is None else format_duration(seconds), state])  # fmt: skip
+                     one.status.get("step", NONE), NONE if one.seconds is None else format_duration(one.seconds), state])  # fmt: skip
     parts = [table(["run", *METRICS.values(), "users", "steps", "time", "state"], rows, "wide", range(1, 7))]
     parts.append(f'<div class="charts">{"".join(_differences(run, others, names, key) for key in ("ndcg@10", "hr@10"))}')
     for title, key, split in (("Validation NDCG@10", "ndcg@10", "valid"), ("Training loss", "loss", None)):

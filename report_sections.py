@@ -16,7 +16,7 @@ from charts import Value, bars, intervals, lines
 from config import Config
 from logger import format_duration
 from ranks import Ranks
-from report_compare import FEW, METRICS, against, difference, less_baseline, plain, seconds_of, shown, signed
+from report_compare import FEW, METRICS, against, difference, less_baseline, plain, shown, signed
 from report_html import NONE, Html, bar, count, details, esc, facts, heading, metric, note, number, percent, pre, section, table, tiles
 from report_read import Run, curve
 from report_users import moment
@@ -130,12 +130,11 @@ def _how_tested(run: Run) -> str:
 
 
 def _facts(run: Run) -> Html:
-    seconds = seconds_of(run)
     speeds = [value for record in run.log if (value := number(record.get("users_per_s"))) is not None]
     memory = [value for record in run.log if (value := number(record.get("rss_gib"))) is not None]
     return facts([("state", run.status.get("state", "unknown")), ("last step", run.status.get("step", "unknown")),
                   ("device asked for", run.settings.get("system", {}).get("device", "unknown")),
-                  ("first to last log line", "unknown" if seconds is None else format_duration(seconds)),
+                  ("time running", "unknown" if run.seconds is None else format_duration(run.seconds)),
                   ("training speed", f"{statistics.median(speeds):,.0f} users/s (median)" if speeds else "unknown"),
                   ("largest memory in the log", f"{max(memory):.2f} GiB" if memory else "unknown"),
                   ("checkpoint", run.metrics.get("checkpoint", "unknown"))])  # fmt: skip

@@ -24,6 +24,7 @@ from checkpoint import list_checkpoints
 from config import KEYS
 from errors import run_cli
 from logger import read_train_log
+from report_read import read_run
 from synthetic import generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,6 +288,10 @@ def test_kill_9_inside_an_epoch_then_resume_is_exact(world):
     assert after.startswith(before)  # appended to, nothing rewritten; step 5 stands there twice
     assert [json.loads(line)["global_step"] for line in after.splitlines() if b'"loss"' in line] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert len((log / "command.txt").read_text().splitlines()) == 2
+    # Two processes, and what lies between them does not count: the second one's first line goes on from the first one's last.
+    ran, when = ([json.loads(line)[key] for line in after.splitlines()] for key in ("run_seconds", "time"))
+    begin = before.count(b"\n")
+    assert ran == sorted(ran) and ran[begin] - ran[begin - 1] < when[begin] - when[begin - 1] and read_run(log).seconds == ran[-1]
 
 
 def test_sigterm_saves_and_the_rest_is_exact(world):
