@@ -258,7 +258,10 @@ def split_metrics(store, split: Split, topk_ids: np.ndarray, top_k: tuple[int, .
 def baseline_results(
     baselines: Baselines, split: Split, top_k: tuple[int, ...], score_round: int
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """({"popularity.hr@10": ...}, {"popularity": (S,) int64 place of each target in its list, 0-based, -1 = not in it}) of the baselines."""
+    """({"popularity.hr@10": ...}, {"popularity": (S,) int64 ...}) of the baselines: metrics, and each target's place in its list.
+
+    Places count from 0; -1 = not in it.
+    """
     metrics, places = {}, {}
     target = torch.from_numpy(baselines.store.item_ids[split.target].astype(np.int64))
     for name, topk_ids in baselines.top_k(split, max(top_k)).items():

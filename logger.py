@@ -148,8 +148,9 @@ def _supersedes(new: dict, old: dict) -> bool:
 
 
 def run_seconds(path: Path) -> float | None:
-    """How long the processes of a run ran, in seconds, as its train.log tells at its two ends (the file may be long); None where it does not.
+    """How long the processes of a run ran, in seconds, as its train.log tells; None where it does not.
 
+    Read at its two ends alone: it may be long.
     Each line notes it, so pauses between an interrupted or killed process and the one that resumed it do not count, nor does what a
     killed process did after its last line. Logs of before that key give the time from the first line to the last, pauses included.
     """

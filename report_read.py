@@ -17,6 +17,7 @@ from logger import read_train_log, run_seconds
 from ranks import Ranks, read_ranks
 from report_data import REPORT_DATA
 from report_html import number
+from report_shape import sound_parts
 from runs import TRAIN_LOG, read_status
 
 MAX_SIBLINGS = 500  # folders beside a run, the newest, that are looked at for the best earlier run
@@ -35,7 +36,8 @@ class Run(NamedTuple):
     settings_text: str
     environment: dict
     commands: list[str]
-    report: dict
+    report: dict  # report.json's object, its parts as report_shape.py has them
+    faults: dict[str, str]  # part of report.json that was left out -> what is wrong with it
     ranks: Ranks | None
 
     @property
@@ -51,8 +53,9 @@ def read_run(run_dir: Path, *, log: bool = True) -> Run:
     commands = _read(folder / "command.txt", str.splitlines) or []
     lines = _read_log(folder / TRAIN_LOG) if log else []
     metrics, environment, report = (read_json(folder / name) for name in ("metrics.json", "environment.json", REPORT_DATA))
+    report, faults = sound_parts(report)
     return Run(folder, lines, run_seconds(folder / TRAIN_LOG), metrics, read_status(folder), settings, text, environment, commands, report,
-               read_ranks(folder))  # fmt: skip
+               faults, read_ranks(folder))  # fmt: skip
 
 
 def _read(path: Path, convert: Callable) -> object:

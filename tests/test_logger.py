@@ -89,9 +89,16 @@ def test_run_seconds_leave_out_the_pause_before_a_resumed_process(tmp_path, monk
 def test_run_seconds_of_older_and_of_odd_logs(tmp_path):
     path = tmp_path / "train.log"
     assert run_seconds(path) is None
-    for content, expected in (("", None), ("{}\n", None), ('{"time": 5}\n', 0.0), ('{"time": 5}\n[1]\n{"time": 65.5}\n{"time": "x"}\n', 60.5),
-                              ('{"run_seconds": 0}\n', 0.0), ('{"time": 5}\n{"run_seconds": 7, "time": 99}\n{"global_st', 7.0),
-                              ('{"run_seconds": NaN, "time": 1}\n', 0.0), ('"time"\n', None)):  # fmt: skip
+    for content, expected in (
+        ("", None),
+        ("{}\n", None),
+        ('"time"\n', None),
+        ('{"time": 5}\n', 0.0),
+        ('{"time": 5}\n[1]\n{"time": 65.5}\n{"time": "x"}\n', 60.5),
+        ('{"run_seconds": 0}\n', 0.0),
+        ('{"time": 5}\n{"run_seconds": 7, "time": 99}\n{"global_st', 7.0),
+        ('{"run_seconds": NaN, "time": 1}\n', 0.0),
+    ):
         path.write_text(content)
         assert run_seconds(path) == expected, content
     # An older run that is gone on with: what it took so far is what its lines say.

@@ -254,6 +254,12 @@ def test_platform_variables_set_the_paths(world, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "cache", "l", "t"]
 
 
+def test_a_report_that_cannot_be_drawn_is_said_and_leaves_the_run_finished(world):
+    with mock.patch.object(main, "write_report", side_effect=KeyError("a fault of ours")), pytest.raises(KeyError, match="a fault of ours"):
+        world.run(*places(Path("undrawn")), "--max_steps", 1)
+    assert status_of(world.cwd / "undrawn/log")["state"] == "finished" and metrics_of(world.cwd / "undrawn/log")["num_users"]
+
+
 # ---- signals, failures, resume ----
 
 

@@ -325,7 +325,26 @@ def test_a_report_json_of_another_shape(tmp_path, part, value):
     write_run(tmp_path / "one")
     path = tmp_path / "one/report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
-    assert "Commands" in page_of(tmp_path / "one").text
+    text = page_of(tmp_path / "one").text
+    assert text.count("report.json is not what this version writes") == 1 and "Commands" in text
+
+
+def test_a_report_json_of_another_version(tmp_path):
+    write_run(tmp_path / "one")
+    path = tmp_path / "one/report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+    assert page_of(tmp_path / "one").text.count("(version: expected 1, found 99); nothing is shown") == 3
+
+
+def test_a_fault_of_ours_is_not_hidden(tmp_path, monkeypatch):
+    write_run(tmp_path / "one")
+
+    def broken(run):
+        return run.report["data"]["no such key"]
+
+    monkeypatch.setattr(report, "data_section", broken)
+    with pytest.raises(KeyError, match="no such key"):
+        report.write_report(tmp_path / "one")
 
 
 def test_an_old_run_without_the_new_files(run):
