@@ -198,6 +198,7 @@ def test_tensorboard_tags(world):
     # What board.py adds besides: the layout of the charts, the settings, the report's slices at each evaluation, hparams.
     assert {"custom_scalars__config__", "settings/text_summary", "quality by slice/text_summary"} <= set(events.Tags()["tensors"])
     assert [point.step for point in events.Tensors("quality by slice/text_summary")] == [4, 8]
+    assert {"quality by slice", "place of the target"} <= set(events.Tags()["images"])
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
     assert [point.step for point in events.Scalars("Loss/train")] == list(range(1, STEPS + 1))
     assert [point.step for point in events.Scalars("Loss/valid")] == [4, 8]
