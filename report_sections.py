@@ -16,7 +16,7 @@ from charts import Value, bars, intervals, lines
 from config import Config
 from logger import format_duration
 from ranks import Ranks
-from report_compare import FEW, METRICS, against, difference, less_baseline, plain, shown, signed
+from report_compare import FEW, METRICS, against, less_baseline, plain, shown, signed
 from report_html import NONE, Html, bar, count, details, esc, facts, heading, metric, note, number, percent, pre, section, table, tiles
 from report_read import Run, curve
 from report_users import moment
@@ -69,7 +69,7 @@ def summary_section(run: Run, earlier: Run | None) -> Html:
     if state != "finished":
         reason = f": {run.status['reason']}" if run.status.get("reason") else ""
         parts.append(_verdict("bad", f"State: {state} at step {run.status.get('step', 'unknown')}{reason}"))
-    parts += [_tiles(run), _bars(run, earlier), _how_tested(run)]
+    parts += [_tiles(run), _bars(run, earlier), _differences(run), _how_tested(run)]
     if run.metrics and earlier is None:
         parts.append(note("No earlier run to compare with lies in the folder beside this one."))
     parts.append(_facts(run))
@@ -99,22 +99,27 @@ def _tiles(run: Run) -> str:
 
 
 def _bars(run: Run, earlier: Run | None) -> str:
-    """The metrics of the model, the baselines and the earlier run, and the paired differences in NDCG@10 where there are any."""
-    named = [("this model", run.metrics, "", None)]
+    named = [("this model", run.metrics, "")] + [(name, run.metrics, f"{key}.") for key, name in BASELINES.items()]
     if earlier is not None:
-        named.append((f"earlier: {earlier.name}", earlier.metrics, "", difference(run, earlier, "ndcg@10")))
-    named += [(name, run.metrics, f"{key}.", less_baseline(run.ranks, key, "ndcg@10")) for key, name in BASELINES.items()]
-    found = [(name, [number(metrics.get(prefix + key)) for key in METRICS], less) for name, metrics, prefix, less in named]
-    found = [(name, values, less) for name, values, less in found if any(value is not None for value in values)]
-    top = max((values[1] or 0.0 for _, values, _ in found), default=0.0)
-    paired = any(less is not None for *_, less in found)
-    rows = []
-    for name, values, less in found:
-        interval = [NONE if less is None else f"{signed(less.mean)} ({signed(less.low)} to {signed(less.high)})"] if paired else []
-        length = (values[1] or 0.0) / top if top else 0.0
-        rows.append([name, *map(metric, values), bar(length, "c0" if name == "this model" else "c5"), *interval])
-    header = ["", *METRICS.values(), "NDCG@10", *(["difference, 95 % interval"] if paired else [])]
-    return table(header, rows, "", (1, 2, 3, 5)) if rows else ""
+        named.insert(1, (f"earlier: {earlier.name}", earlier.metrics, ""))
+    found = [(name, [number(metrics.get(prefix + key)) for key in METRICS]) for name, metrics, prefix in named]
+    found = [(name, values) for name, values in found if any(value is not None for value in values)]
+    top = max((values[1] or 0.0 for _, values in found), default=0.0)
+    rows = [[name, *map(metric, values), bar((values[1] or 0.0) / top if top else 0.0, "c0" if name == "this model" else "c5")]
+            for name, values in found]  # fmt: skip
+    return table(["", *METRICS.values(), "NDCG@10"], rows, "", (1, 2, 3)) if rows else ""
+
+
+def _differences(run: Run) -> str:
+    """The paired differences in NDCG@10 to the baselines, drawn and in figures."""
+    found = [(name, less) for key, name in BASELINES.items() if (less := less_baseline(run.ranks, key, "ndcg@10")) is not None]
+    if not found:
+        return ""
+    rows = [Value(name, less.mean, less.low, less.high, signed(less.mean), not less.clear) for name, less in found]
+    unit = "95 % paired bootstrap interval"
+    chart = intervals("This model less a baseline, NDCG@10", rows, reference=0.0, name="no difference", unit=unit)
+    words = "; ".join(f"{name} {signed(less.mean)} ({signed(less.low)} to {signed(less.high)})" for name, less in found)
+    return Html(f'<div class="single">{chart}{note(words)}</div>')
 
 
 def _how_tested(run: Run) -> str:
@@ -233,7 +238,8 @@ def _coverage(features: Sequence[dict]) -> Html:
                 bar(feature["covered"]),
             ]
         )
-    return table(["feature", "kind", "largest value", "covered", ""], rows, "", (2, 3)) if rows else note("The data have no features.")
+    header = ["feature", "kind", "largest value", "covered", ""]
+    return table(header, rows, "coverage", (2, 3)) if rows else note("The data have no features.")
 
 
 # ---- quality ------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def _answers(user: Mapping, items: Mapping, names: Mapping) -> Html:
         events = count(_item(items, answer["item"]).get("count"))
         rows.append([n + 1, raw, f"{answer['score']:.3f}", events, near, same])
     header = ["#", "item", "score", "popularity", "nearest in the history (cosine)", "features shared with that"]
-    return table(header, rows, "", (0, 2, 3))
+    return table(header, rows, "answers", (0, 2, 3))
 
 
 def _history(user: Mapping, items: Mapping) -> Html:
