@@ -70,7 +70,8 @@ def test_on_paper(path):
         pictures = pictures_of(browser)
         assert len(pictures) == path.read_text(encoding="utf-8").count("<svg") and min(pictures) > 30
         # No table is cut at the edge of the paper.
-        cut = "Array.from(document.querySelectorAll('.scroll')).filter(s => s.checkVisibility() && s.scrollWidth > s.clientWidth + 1).map(s => s.innerText)"
+        cut = """Array.from(document.querySelectorAll('.scroll')).filter(
+            s => s.checkVisibility() && s.scrollWidth > s.clientWidth + 1).map(s => s.innerText)"""
         assert browser.value(cut) == []
         pages = browser.pdf()
         assert pages.startswith(b"%PDF") and 4 <= len(re.findall(rb"/Type\s*/Page\b", pages)) <= 14
