@@ -9,6 +9,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -327,13 +328,22 @@ def commands(run: Run) -> list[tuple[str, str]]:
     if run.status.get("kind") != "eval":
         result = [("resume", f"python main.py --config {settings} --resume_path {word(run.folder)}")]
     result += [("evaluate", f"python main.py --inference_only --state_dict_path {word(best)}{data}"),
-               ("infer", f"MODEL_OUTPUT_PATH={word(best)} EVAL_DATA_PATH=FOLDER EVAL_RESULT_PATH=results python infer.py")]  # fmt: skip
+               ("infer", f"MODEL_OUTPUT_PATH={word(best)} EVAL_DATA_PATH={word(_users_to_predict(run))} EVAL_RESULT_PATH=results "
+                         "python infer.py")]  # fmt: skip
     commit = str(run.environment.get("commit") or "")
     checkout = f"git checkout {word(commit.removesuffix('-dirty'))} && " if commit else ""
     if run.status.get("kind") != "eval":
         result.append(("reproduce" + (" (the scripts had changes that no commit holds)" if commit.endswith("-dirty") else ""),
                        f"{checkout}python main.py --config {settings}{again}"))  # fmt: skip
     return result + [("this run was started with", f"python {line}") for line in run.commands if line.strip()]
+
+
+def _users_to_predict(run: Run) -> str:
+    """EVAL_DATA_PATH's folder: where the run's candidates lie, if that is not the training data; else words that stand for it."""
+    candidates, data = (run.settings.get(group, {}).get(key) for group, key in (("eval", "candidates"), ("paths", "data_path")))
+    if not isinstance(candidates, str) or candidates in ("", "all") or Path(candidates).parent == Path(str(data)):
+        return "<folder of users to predict>"
+    return str(Path(candidates).parent)
 
 
 def commands_section(run: Run) -> Html:

@@ -270,10 +270,22 @@ def test_commands_can_be_pasted(run):
     assert shlex.split(lines["resume"]) == ["python", "main.py", "--config", settings, "--resume_path", str(run)]
     assert shlex.split(lines["evaluate"])[2:] == ["--inference_only", "--state_dict_path", METRICS["checkpoint"]]
     assert shlex.split(lines["infer"])[0] == f"MODEL_OUTPUT_PATH={METRICS['checkpoint']}"
+    # Nobody takes this for a folder, and a shell does not take it for a redirection.
+    assert shlex.split(lines["infer"])[1:3] == ["EVAL_DATA_PATH=<folder of users to predict>", "EVAL_RESULT_PATH=results"]
     again = next(line for what, line in lines.items() if what.startswith("reproduce"))
     # The commit without its mark, and folders of its own: a new run never writes into another's.
     assert shlex.split(again) == ["git", "checkout", "ab12", "&&", "python", "main.py", "--config", settings, "--log_path", f"{run}-again"]
     assert lines["this run was started with"] == "python main.py --batch_size 64"
+
+
+@pytest.mark.parametrize(("candidates", "data", "folder"), [
+    ("data-eval/predict_set.jsonl", "data", "data-eval"), ("my eval/candidate", "data", "my eval"),
+    ("data/predict_set.jsonl", "data", "<folder of users to predict>"), ("all", "data", "<folder of users to predict>"),
+    (None, None, "<folder of users to predict>"),
+])  # fmt: skip
+def test_the_folder_to_predict_is_that_of_the_candidates(run, candidates, data, folder):
+    found = read_run(run)._replace(settings={"eval": {"candidates": candidates}, "paths": {"data_path": data}})
+    assert shlex.split(dict(commands(found))["infer"])[1] == f"EVAL_DATA_PATH={folder}"
 
 
 # ---- a tested run: data, slices, sample users ---------------------------------------------------------------------------
