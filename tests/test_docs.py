@@ -98,7 +98,6 @@ def runnable(command: str) -> str | None:
 # Commands that stand in a text block, so that no test runs them as they are, and why.
 NOT_RUN = {
     "python convert.py": "no Amazon review file and no RecBole set stand in for the real ones here; test_convert.py runs all recipes",
-    "python infer.py --export": "it needs safetensors, an extra; test_export.py runs it",
     "python experiments/run.py": "it trains for an hour; test_sweeps.py runs a small one",
     "python report.py --prune --yes": "it removes the runs that later blocks go on with; test_run_list.py runs it",
 }  # fmt: skip
