@@ -370,9 +370,8 @@ def load_weights(trainer: Trainer, options: Options) -> None:
 def banner(logger: RunLogger, arguments: ParsedArguments, config: Config, run: RunPaths, device: torch.device) -> None:
     from_where = "asked for" if config.system.device != "auto" else ("auto: CUDA found" if device.type == "cuda" else "auto: no CUDA found")
     demo = {"data_path": "demo data, no path was given"} if not arguments.config.paths.data_path else {}
-    rows = [
-        ("device", f"{device} ({from_where}), {torch.get_num_threads()} threads, {config.training.precision}, torch {torch.__version__}")
-    ]
+    threads = f"{torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"
+    rows = [("device", f"{device} ({from_where}), {threads}, {config.training.precision}, torch {torch.__version__}")]
     chosen = {"log_path": run.log_dir, "tensorboard_path": run.tensorboard_dir, "checkpoint_path": run.checkpoint_dir}
     for key in ("data_path", "cache_path", *chosen):
         given = getattr(config.paths, key)
