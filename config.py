@@ -281,6 +281,7 @@ class SystemConfig(_Group):
     log_every_steps: int = setting(10, "Steps between log lines.", unit="steps", minimum=1)
     tensorboard: bool = setting(True, "Write TensorBoard event files.")
     tensorboard_histograms: bool = setting(False, "Histograms of all weights in TensorBoard at each evaluation.")
+    tensorboard_figures: bool = setting(True, "Pictures of quality by slice and of the targets' places in TensorBoard at each evaluation.")
     projector_items: int = setting(2000, "Most popular items whose vectors TensorBoard's projector gets at the end; 0 = none.",
                                    unit="items", minimum=0)  # fmt: skip
     run_name: str = setting("", "Name of the run, in the name of its folder.", expects="text without '/' that does not begin with '.'",
@@ -445,6 +446,7 @@ def warnings_for(config: Config) -> list[str]:
     """A line for each value that differs from its default and has no effect under the other settings, or a costly one."""
     t, loss, ev, model = config.training, config.loss, config.eval, config.model
     by_name = f"with loss.name {loss.name}"
+    of_tensorboard = ("tensorboard_path", "tensorboard_histograms", "tensorboard_figures", "projector_items")
     idle = [
         (loss.name == "full_softmax", ("num_negatives",), by_name),
         (loss.name != "sampled_softmax", ("in_batch_negatives", "max_in_batch", "logq"), by_name),
@@ -482,7 +484,7 @@ def warnings_for(config: Config) -> list[str]:
         (t.max_steps > 0, ("num_epochs", "patience"), "with training.max_steps above 0"),
         (config.data.num_workers == 0, ("prefetch_batches",), "with data.num_workers 0"),
         (ev.protocol == "leave_one_out", ("holdout_fraction", "target"), "with eval.protocol leave_one_out"),
-        (not config.system.tensorboard, ("tensorboard_path", "tensorboard_histograms", "projector_items"), "with system.tensorboard false"),
+        (not config.system.tensorboard, of_tensorboard, "with system.tensorboard false"),
     ]
     lines = [f"{KEYS[name].path} {show(config.get(name))} has no effect {why}."
              for holds, names, why in idle if holds for name in names if config.get(name) != KEYS[name].default]  # fmt: skip

@@ -74,8 +74,10 @@ def _open(config: Config, open_data: Callable) -> tuple[list[Finding], Data | No
 
 def _failed(check: str, error: UserError | OSError) -> Finding:
     """A finding of an error's lines; the last of several is the remedy."""
-    rows = [row.strip() for row in str(error).splitlines()]
-    return Finding(FAIL, check, " ".join(rows[:-1] or rows), rows[-1] if len(rows) > 1 else "")
+    named = isinstance(error, OSError) and error.filename
+    rows = [row.strip() for row in (f"{error.filename}: {error.strerror}" if named else str(error)).splitlines()]
+    remedy = "make it a file that can be read" if named else "mend it, or get it again from its source"
+    return Finding(FAIL, check, " ".join(rows[:-1] or rows), rows[-1] if len(rows) > 1 else remedy)
 
 
 def verdict(findings: list[Finding]) -> str:

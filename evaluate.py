@@ -21,7 +21,7 @@ from columns import ragged_places
 from dataset import BatchBuilder, Split, generator, prefetch
 from errors import UserError
 from features import FeatureColumns
-from metrics import RankingMetrics, action_weights
+from metrics import RankingMetrics, action_weights, ranks_from_topk
 from model import Recommender
 from retrieval import Catalogue, prepare_catalogue, rank_targets, topk_exact
 from schema import ACTION_NAMES, ANY_ACTION
@@ -276,10 +276,17 @@ def split_metrics(store, split: Split, topk_ids: np.ndarray, top_k: tuple[int, .
     return metrics.compute()
 
 
-def baseline_metrics(baselines: Baselines, split: Split, top_k: tuple[int, ...], score_round: int) -> dict[str, float]:
-    """{"popularity.hr@10": ...} of the three baselines."""
-    result = {}
+def baseline_results(
+    baselines: Baselines, split: Split, top_k: tuple[int, ...], score_round: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """({"popularity.hr@10": ...}, {"popularity": (S,) int64 ...}) of the baselines: metrics, and each target's place in its list.
+
+    Places count from 0; -1 = not in it.
+    """
+    metrics, places = {}, {}
+    target = torch.from_numpy(baselines.store.item_ids[split.target].astype(np.int64))
     for name, topk_ids in baselines.top_k(split, max(top_k)).items():
         for key, value in split_metrics(baselines.store, split, topk_ids, top_k, score_round).items():
-            result[f"{name}.{key}"] = value
-    return result
+            metrics[f"{name}.{key}"] = value
+        places[name] = ranks_from_topk(torch.from_numpy(topk_ids), target).numpy() - 1
+    return metrics, places

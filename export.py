@@ -1,6 +1,6 @@
 """Writes a model for use without this repository: item vectors and the user encoder as safetensors, the encoder by torch.export, a card.
 
-Must not rank, nor answer anybody: serve.py does. safetensors is needed here alone (requirements-extra.txt).
+Must not rank, nor answer anybody: serve.py does. safetensors is needed here alone.
 
 Legend: B users, T events of the longest user, S values of the user with the most, M items, C candidates, D width.
 """
@@ -128,7 +128,7 @@ def _safetensors():
         from safetensors.torch import save_file
     except ImportError:
         raise UserError(
-            "--export writes safetensors files, and that package is not installed.\npip install safetensors (requirements-extra.txt)"
+            "--export writes safetensors files, and that package is not installed.\npip install safetensors"
         ) from None
     return save_file
 

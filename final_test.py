@@ -13,7 +13,7 @@ import board
 import checkpoint as checkpoints
 from baselines import Baselines
 from dataset import generator
-from evaluate import Ranking, baseline_metrics
+from evaluate import Ranking, baseline_results
 from ranks import write_ranks
 from report_data import write_report_data
 from runs import write_text_atomic
@@ -49,7 +49,6 @@ def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> 
     asked = users_to_rank(test.num_samples, len(trainer.candidates), trainer.config.system.seed)
     ranking = trainer.rank(test, asked)
     metrics = trainer.metrics_of(test, ranking)
-    write_ranks(trainer.run.log_dir, test.users[asked], ranking.target_ranks[asked], ranking.topk_ids[asked])
     result = {
         "split": name,
         "protocol": config.protocol,
@@ -63,9 +62,13 @@ def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> 
         "step": checkpoint.meta["step"],
         "epoch": checkpoint.meta["epoch"],
     }
+    places = {}
     if config.baselines:
         baselines = Baselines(trainer.store, trainer.splits.train, trainer.candidates, config.remove_seen)
-        result |= baseline_metrics(baselines, test, config.top_k, config.score_round)
+        found, places = baseline_results(baselines, test, config.top_k, config.score_round)
+        result |= found
+    of_baselines = {name: place[asked] for name, place in places.items()}
+    write_ranks(trainer.run.log_dir, test.users[asked], ranking.target_ranks[asked], ranking.topk_ids[asked], of_baselines)
     # At the run's last step, not the checkpoint's: a reader of train.log takes an earlier step for a resumed run's.
     trainer.logger.eval_line(max(trainer.step, result["step"]), max(trainer.epoch, result["epoch"]), name, result, None)
     write_text_atomic(trainer.run.log_dir / "metrics.json", json.dumps(checkpoints.plain_json(result), indent=1) + "\n")  # nan is null

@@ -90,10 +90,11 @@ def parse_indexer(tree: object, path: Path) -> Indexer:
     feature_max = {}
     for feature, values in tree["f"].items():
         if not isinstance(values, dict):
-            raise UserError(
-                f"{path}: 'f' of feature {str(feature)[:40]!r} is of type {type(values).__name__}; expected a dict of raw value to number."
-            )
+            found = f"'f' of feature {str(feature)[:40]!r} is of type {type(values).__name__}"
+            raise UserError(f"{path}: {found}; expected a dict of raw value to number.\nTake the indexer.pkl of this data.")
         feature_max[str(feature)] = int(_numbers(values, path, f"f'][{str(feature)[:40]!r}", distinct=False).max(initial=0))
+    if not num_items:
+        raise UserError(f"{path}: 'i' holds no item; expected creative ids with their numbers.\nTake the indexer.pkl of this data.")
     return Indexer(num_items, item_raw, users[order], user_raw, feature_max)
 
 

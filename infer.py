@@ -183,7 +183,7 @@ def answer_lines(options: Namespace) -> None:
         lines, errors = serve_lines(answerer, sys.stdin.buffer, sys.stdout, ANSWERS)
     except BrokenPipeError:  # whoever reads the answers has had enough
         return forget_stdout()
-    print(f"{lines:,} lines answered, {errors:,} of them by an error", file=sys.stderr, flush=True)
+    print(f"{lines:,} line{'' if lines == 1 else 's'} answered, {errors:,} of them by an error", file=sys.stderr, flush=True)
 
 
 def check_flags(options: Namespace) -> None:

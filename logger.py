@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -24,6 +25,7 @@ _TRAIN_TAGS = {
     "expert_share_max": "experts/share_max", "expert_share_min": "experts/share_min",
 }  # fmt: skip
 _BOLD, _GREEN, _RED, _YELLOW, _PLAIN = "\033[1m", "\033[32m", "\033[31m", "\033[33m", "\033[0m"
+_TAIL_BYTES = 1 << 16  # of train.log, in which its last line is sought
 _FLUSH_SECONDS = 10  # what a killed run loses of TensorBoard's curves at most
 
 
@@ -145,6 +147,38 @@ def _supersedes(new: dict, old: dict) -> bool:
     return old["global_step"] >= new["global_step"]
 
 
+def run_seconds(path: Path) -> float | None:
+    """How long the processes of a run ran, in seconds, as its train.log tells; None where it does not.
+
+    Read at its two ends alone: it may be long.
+    Each line notes it, so pauses between an interrupted or killed process and the one that resumed it do not count, nor does what a
+    killed process did after its last line. Logs of before that key give the time from the first line to the last, pauses included.
+    """
+    try:
+        with open(path, "rb") as file:
+            first = file.readline(_TAIL_BYTES)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            last = file.read().splitlines()
+    except OSError:
+        return None
+    if (ran := _last_number(last, "run_seconds")) is not None:
+        return ran
+    start, end = _last_number([first], "time"), _last_number(last, "time")
+    return None if start is None or end is None else end - start
+
+
+def _last_number(lines: Sequence[bytes], key: str) -> float | None:
+    """The number under `key` in the last of these lines that has one; None where none has."""
+    for line in reversed(lines):
+        try:
+            value = float(json.loads(line)[key])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue
+        if math.isfinite(value):
+            return value
+    return None
+
+
 def _mend_last_line(path: Path) -> int:
     """Give an unfinished last line its newline, or cut it where it is no JSON; returns how many bytes were cut."""
     if not path.is_file() or path.stat().st_size == 0:
@@ -208,6 +242,7 @@ class RunLogger:
         self._tensorboard_dir, self._resume_step = tensorboard_dir, resume_step
         self._writer = None
         self._file = None
+        self._ran_before = 0.0  # seconds of this run's earlier processes
         if log_dir is not None:
             self._open(Path(log_dir) / "train.log")
 
@@ -255,7 +290,8 @@ class RunLogger:
         (time there: seconds since this process began).
 
         record: global_step, loss, epoch (counted as the trainer does), lr, grad_norm, users_per_s, data_wait (share of time, 0..1), and
-        anything else that JSON holds. time (seconds since 1970) and rss_gib are added. Losses that are not finite are null in the file.
+        anything else that JSON holds. time (seconds since 1970), rss_gib and run_seconds (how long the processes of this run have run)
+        are added. Losses that are not finite are null in the file.
         """
         record = {"time": time.time(), "rss_gib": round(rss_gib(), 4)} | record
         keys = ["global_step", "loss", "epoch", "time"]
@@ -335,6 +371,7 @@ class RunLogger:
     def _open(self, path: Path) -> None:
         try:
             cut = _mend_last_line(path)
+            self._ran_before = run_seconds(path) or 0.0
             self._file = open(path, "ab", buffering=0)  # one write a line: a killed run leaves whole lines
         except OSError as error:
             self._give_up("train.log", error, path)
@@ -345,6 +382,7 @@ class RunLogger:
     def _append(self, record: dict) -> None:
         if self._file is None:
             return
+        record = record | {"run_seconds": round(self._ran_before + time.monotonic() - self._started, 3)}
         data = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         written = 0
         try:

@@ -39,7 +39,7 @@ from final_test import run_test, write_test_metrics
 from logger import RunLogger, peak_rss_gib
 from machine import scratch_near, torch_warning
 from report import write_report
-from runs import RunPaths, environment, prepare_eval, prepare_run, restore_status, write_start_files, write_status
+from runs import RunPaths, environment, prepare_eval, prepare_run, read_status, restore_status, write_start_files, write_status
 from settings import Options, ParsedArguments, dump_yaml, load_config, print_config, write_config
 from sources import find_source
 from store import Store, has_embedding, is_compiled, open_store
@@ -126,8 +126,7 @@ def train(arguments: ParsedArguments) -> int:
             write_status(run.log_dir, "failed", step, str(error))
         raise
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        write_status(run.log_dir, "interrupted" if interrupted else "failed", step, f"{type(error).__name__}: {error}")
+        note_failure(run, step, error)
         raise
     finally:
         logger.close()
@@ -213,10 +212,17 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
         logger.say(f"metrics: {run.log_dir / 'metrics.json'}; report: {write_report(run.log_dir)}")
         return 0
     except BaseException as error:
-        write_status(run.log_dir, "failed", 0, f"{type(error).__name__}: {error}")
+        note_failure(run, 0, error)
         raise
     finally:
         logger.close()
+
+
+def note_failure(run: RunPaths, step: int, error: BaseException) -> None:
+    """The status of a run that ends with this error. One that was finished stays so: its report alone is missing."""
+    if read_status(run.log_dir).get("state") != "finished":
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        write_status(run.log_dir, state, step, f"{type(error).__name__}: {error}")
 
 
 def ranker_of_member(arguments: ParsedArguments, member: Member, trainer: Trainer) -> Ranker:
@@ -364,9 +370,8 @@ def load_weights(trainer: Trainer, options: Options) -> None:
 def banner(logger: RunLogger, arguments: ParsedArguments, config: Config, run: RunPaths, device: torch.device) -> None:
     from_where = "asked for" if config.system.device != "auto" else ("auto: CUDA found" if device.type == "cuda" else "auto: no CUDA found")
     demo = {"data_path": "demo data, no path was given"} if not arguments.config.paths.data_path else {}
-    rows = [
-        ("device", f"{device} ({from_where}), {torch.get_num_threads()} threads, {config.training.precision}, torch {torch.__version__}")
-    ]
+    threads = f"{torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"
+    rows = [("device", f"{device} ({from_where}), {threads}, {config.training.precision}, torch {torch.__version__}")]
     chosen = {"log_path": run.log_dir, "tensorboard_path": run.tensorboard_dir, "checkpoint_path": run.checkpoint_dir}
     for key in ("data_path", "cache_path", *chosen):
         given = getattr(config.paths, key)

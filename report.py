@@ -35,8 +35,6 @@ from report_users import users_section
 from run_list import find_runs, is_run, list_rows, plan_removal, remove_run
 
 LOGS = Path("logs")
-# What a report.json of another shape than ours, or of another version, may raise while it is drawn.
-BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError)
 
 
 def write_report(run_dir: Path, others: Sequence[Path] = ()) -> Path:
@@ -56,11 +54,11 @@ def render(run: Run, others: Sequence[Run] = ()) -> str:
     beside = list(others) or ([earlier] if earlier is not None else [])
     sections = [
         ("Summary", summary_section(run, earlier)),
-        *([("Runs side by side", _guarded("Runs side by side", lambda: compare_section(run, beside)))] if beside else []),
+        *([("Runs side by side", compare_section(run, beside))] if beside else []),
         ("Learning curves", curves_section(run)),
-        ("Quality by slice", _guarded("Quality by slice", lambda: quality_section(run))),
-        ("Sample users", _guarded("Sample users", lambda: users_section(run.report, run.metrics.get("num_candidates")))),
-        ("Data", _guarded("Data", lambda: data_section(run))),
+        ("Quality by slice", _from_report(run, "quality", "Quality by slice", quality_section)),
+        ("Sample users", _from_report(run, "samples", "Sample users", users_section)),
+        ("Data", _from_report(run, "data", "Data", data_section)),
         ("Configuration", settings_section(run, compared)),
         ("Environment", environment_section(run)),
         ("Commands", commands_section(run)),
@@ -70,12 +68,11 @@ def render(run: Run, others: Sequence[Run] = ()) -> str:
     return page(run.name, what, str(when), sections)
 
 
-def _guarded(title: str, draw: Callable[[], Html]) -> Html:
-    """A section from report.json, or the word that it is not one of ours."""
-    try:
-        return draw()
-    except BROKEN as error:
-        return section(title, note(f"report.json is not what this version writes ({type(error).__name__}: {error}); nothing is shown."))
+def _from_report(run: Run, part: str, title: str, draw: Callable[[Run], Html]) -> Html:
+    """A section from a part of report.json, or the word that the part is not one of ours."""
+    if part in run.faults:
+        return section(title, note(f"report.json is not what this version writes ({run.faults[part]}); nothing is shown."))
+    return draw(run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from charts import COLOURS, Value, intervals, lines
 from config import Config
 from logger import format_duration
 from metrics import SCORE_K, paired_interval
+from ranks import Ranks
 from report_html import NONE, Html, details, heading, metric, note, number, section, table
 from report_read import Run, curve, data_of, incomparable
 
@@ -36,7 +37,7 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def words(self) -> str:
-        return f"{signed(self.mean)}, 95 % interval {signed(self.low)} to {signed(self.high)}, over the {self.num_users:,} users in common"
+        return f"{signed(self.mean)}, 95 % interval {signed(self.low)} to {signed(self.high)}, over the same {self.num_users:,} users"
 
 
 def signed(value: float) -> str:
@@ -59,6 +60,13 @@ def difference(run: Run, other: Run, key: str) -> Difference | None:
     return Difference(*paired_interval(gains(run.ranks.rank[ours], key) - gains(other.ranks.rank[theirs], key)), len(ours))
 
 
+def less_baseline(ranks: Ranks | None, name: str, key: str) -> Difference | None:
+    """The model less a baseline, paired by user; None where the ranks say nothing of that baseline, or are of too few users."""
+    if ranks is None or name not in ranks.baselines or len(ranks.user) < FEW:
+        return None
+    return Difference(*paired_interval(gains(ranks.rank, key) - gains(ranks.baselines[name], key)), len(ranks.user))
+
+
 def names_of(runs: Sequence[Run]) -> list[str]:
     """A name for each run, all different: its own, else its folder, else a number."""
     for names in ([run.name for run in runs], [run.folder.resolve().name for run in runs]):
@@ -67,23 +75,16 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return [f"{n + 1}: {run.name}" for n, run in enumerate(runs)]
 
 
-def seconds_of(run: Run) -> float | None:
-    """From the first line of train.log to the last."""
-    times = [value for record in run.log if (value := number(record.get("time"))) is not None]
-    return times[-1] - times[0] if times else None
-
-
 def compare_section(run: Run, others: Sequence[Run]) -> Html:
     """`run` beside the others. Differences are run less other."""
     runs = [run, *others]
     names = names_of(runs)
     rows = []
     for name, one in zip(names, runs):
-        seconds = seconds_of(one)
         state = one.status.get("state", "unknown")
         users = number(one.metrics.get("num_users"))
         rows.append([name, *(metric(one.metrics.get(key)) for key in METRICS), NONE if users is None else f"{users:,.0f}",
-                     one.status.get("step", NONE), NONE if seconds is None else format_duration(seconds), state])  # fmt: skip
+                     one.status.get("step", NONE), NONE if one.seconds is None else format_duration(one.seconds), state])  # fmt: skip
     parts = [table(["run", *METRICS.values(), "users", "steps", "time", "state"], rows, "wide", range(1, 7))]
     parts.append(f'<div class="charts">{"".join(_differences(run, others, names, key) for key in ("ndcg@10", "hr@10"))}')
     for title, key, split in (("Validation NDCG@10", "ndcg@10", "valid"), ("Training loss", "loss", None)):

@@ -159,6 +159,7 @@ td:has(.bar){width:34%;min-width:3rem;padding-right:0;vertical-align:middle}
 .bar.c5{background:var(--c5)}
 mark{background:none;color:var(--good);font-weight:600}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1.2rem 1.6rem;margin:.6rem 0}
+.single{max-width:24rem;margin:.8rem 0}
 figure{margin:0;break-inside:avoid;min-width:0;max-width:36rem}figcaption{font-weight:600;font-size:.88rem;margin-bottom:.15rem}
 figcaption small{font-weight:400;color:var(--soft)}
 svg{display:block;width:100%;height:auto}svg text{font-size:11px;fill:var(--soft);font-variant-numeric:tabular-nums}
@@ -180,9 +181,12 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 details{margin:.7rem 0}summary{cursor:pointer;color:var(--soft)}
 details.user{border:1px solid var(--edge);border-radius:.3rem;padding:.4rem .8rem}
 details.user>summary{color:var(--fg)}details[open]>summary{margin-bottom:.4rem}
-@media (max-width:30rem){th,td{padding-right:.55rem}table.facts td:first-child{width:8.5rem}}
+table.answers td:last-child{min-width:18rem}
+@media (max-width:30rem){th,td{padding-right:.55rem}table.facts td:first-child{width:8.5rem}
+table.coverage td:last-child,table.coverage th:last-child{display:none}}
 @media print{:root{color-scheme:light;--bg:#fff;--fg:#000;--soft:#444;--edge:#bbb;--card:#f4f4f4;--c0:#0067b1;--c1:#c24a00;--c2:#007d5c;
 --c3:#9d3f7d;--c4:#7a6a00;--c5:#5b6570;--good:#0b4d1f;--bad:#8a0c20}
-nav{display:none}body{max-width:none;padding:0;font-size:10.5pt}.charts{grid-template-columns:1fr 1fr}h2,h3,summary{break-after:avoid}
-tr{break-inside:avoid}details::details-content{content-visibility:visible;block-size:auto}}
+nav{display:none}th{white-space:normal}table.answers{font-size:.72rem}table.answers td:last-child{min-width:12rem}
+body{max-width:none;padding:0;font-size:10.5pt}.charts{grid-template-columns:1fr 1fr}h2,h3,summary{break-after:avoid}
+tr{break-inside:avoid}}
 """

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import yaml
 
-from logger import read_train_log
+from logger import read_train_log, run_seconds
 from ranks import Ranks, read_ranks
 from report_data import REPORT_DATA
 from report_html import number
-from runs import read_status
+from report_shape import sound_parts
+from runs import TRAIN_LOG, read_status
 
 MAX_SIBLINGS = 500  # folders beside a run, the newest, that are looked at for the best earlier run
 SAME = ("split", "protocol", "num_candidates", "seen_removed")  # of metrics.json: figures that differ here are not comparable
@@ -28,13 +29,15 @@ class Run(NamedTuple):
 
     folder: Path
     log: list[dict]
+    seconds: float | None  # of its processes, pauses between them left out
     metrics: dict
     status: dict
     settings: dict
     settings_text: str
     environment: dict
     commands: list[str]
-    report: dict
+    report: dict  # report.json's object, its parts as report_shape.py has them
+    faults: dict[str, str]  # part of report.json that was left out -> what is wrong with it
     ranks: Ranks | None
 
     @property
@@ -48,9 +51,11 @@ def read_run(run_dir: Path, *, log: bool = True) -> Run:
     text = _read(folder / "config.resolved.yaml", str) or ""
     settings = _read(folder / "config.resolved.yaml", lambda t: {k: v for k, v in yaml.safe_load(t).items() if isinstance(v, dict)}) or {}
     commands = _read(folder / "command.txt", str.splitlines) or []
-    lines = _read_log(folder / "train.log") if log else []
+    lines = _read_log(folder / TRAIN_LOG) if log else []
     metrics, environment, report = (read_json(folder / name) for name in ("metrics.json", "environment.json", REPORT_DATA))
-    return Run(folder, lines, metrics, read_status(folder), settings, text, environment, commands, report, read_ranks(folder))
+    report, faults = sound_parts(report)
+    return Run(folder, lines, run_seconds(folder / TRAIN_LOG), metrics, read_status(folder), settings, text, environment, commands, report,
+               faults, read_ranks(folder))  # fmt: skip
 
 
 def _read(path: Path, convert: Callable) -> object:

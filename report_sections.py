@@ -9,13 +9,15 @@ import math
 import shlex
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from charts import Value, bars, intervals, lines
 from config import Config
 from logger import format_duration
-from report_compare import METRICS, against, plain, seconds_of, shown
+from ranks import Ranks
+from report_compare import FEW, METRICS, against, less_baseline, plain, shown, signed
 from report_html import NONE, Html, bar, count, details, esc, facts, heading, metric, note, number, percent, pre, section, table, tiles
 from report_read import Run, curve
 from report_users import moment
@@ -29,33 +31,46 @@ WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 # ---- summary ------------------------------------------------------------------------------------------------------------
 
 
-def verdict(metrics: dict) -> tuple[str, str]:
-    """(class, sentence): the model against the best of the three baselines by NDCG@10, or why nothing can be said."""
+def verdict(metrics: dict, ranks: Ranks | None) -> tuple[str, str]:
+    """(class, sentence): the model against the best of the three baselines by NDCG@10, or why nothing can be said.
+
+    ranks: of the same test; with the baselines' places in them the difference has its paired interval.
+    """
     own = number(metrics.get("ndcg@10"))
     if own is None:
         return "none", "No test metrics: the run did not reach its evaluation on the test split."
-    others = {name: value for key, name in BASELINES.items() if (value := number(metrics.get(f"{key}.ndcg@10"))) is not None}
+    others = {key: value for key in BASELINES if (value := number(metrics.get(f"{key}.ndcg@10"))) is not None}
     if not others:
         return "none", f"NDCG@10 {own:.4f}; no baseline was evaluated to compare it with."
     best = max(others, key=others.__getitem__)
-    words = f"NDCG@10 {own:.4f} against {others[best]:.4f} of {best}"
+    words = f"NDCG@10 {own:.4f} against {others[best]:.4f} of {BASELINES[best]}"
     words += f" ({100 * (own / others[best] - 1):+.0f} %)" if others[best] else ""
     beaten = sum(own > value for value in others.values())
-    if beaten == len(others):
-        return "good", f"Beats all {len(others)} baselines: {words}, the best of them."
-    return "bad", f"Beats {beaten} of {len(others)} baselines: {words}."
+    beats = f"Beats {f'all {beaten}' if beaten == len(others) else f'{beaten} of {len(others)}'} baselines: {words}, the best of them"
+    found = less_baseline(ranks, best, "ndcg@10")
+    if found is None:
+        return "good" if beaten == len(others) else "bad", f"{beats}; no interval, {_no_interval(ranks, best)}."
+    if not found.clear:
+        return "none", f"No clear difference to the best baseline: {words}. Paired difference {found.words()}."
+    return "good" if found.mean > 0 else "bad", f"{beats}. Paired difference {found.words()}."
+
+
+def _no_interval(ranks: Ranks | None, baseline: str) -> str:
+    if ranks is None:
+        return "as ranks.npz is missing or cannot be read"
+    return "as ranks.npz has no places of this baseline" if baseline not in ranks.baselines else f"as fewer than {FEW} users have ranks"
 
 
 def summary_section(run: Run, earlier: Run | None) -> Html:
     """earlier: the best comparable run beside this one, None where there is none."""
     state = run.status.get("state", "unknown")
-    parts = [_verdict(*verdict(run.metrics))]
+    parts = [_verdict(*verdict(run.metrics, run.ranks))]
     if earlier is not None:
         parts.append(_verdict(*against(run, earlier)))
     if state != "finished":
         reason = f": {run.status['reason']}" if run.status.get("reason") else ""
         parts.append(_verdict("bad", f"State: {state} at step {run.status.get('step', 'unknown')}{reason}"))
-    parts += [_tiles(run), _bars(run, earlier), _how_tested(run)]
+    parts += [_tiles(run), _bars(run, earlier), _differences(run), _how_tested(run)]
     if run.metrics and earlier is None:
         parts.append(note("No earlier run to compare with lies in the folder beside this one."))
     parts.append(_facts(run))
@@ -96,6 +111,18 @@ def _bars(run: Run, earlier: Run | None) -> str:
     return table(["", *METRICS.values(), "NDCG@10"], rows, "", (1, 2, 3)) if rows else ""
 
 
+def _differences(run: Run) -> str:
+    """The paired differences in NDCG@10 to the baselines, drawn and in figures."""
+    found = [(name, less) for key, name in BASELINES.items() if (less := less_baseline(run.ranks, key, "ndcg@10")) is not None]
+    if not found:
+        return ""
+    rows = [Value(name, less.mean, less.low, less.high, signed(less.mean), not less.clear) for name, less in found]
+    unit = "95 % paired bootstrap interval"
+    chart = intervals("This model less a baseline, NDCG@10", rows, reference=0.0, name="no difference", unit=unit)
+    words = "; ".join(f"{name} {signed(less.mean)} ({signed(less.low)} to {signed(less.high)})" for name, less in found)
+    return Html(f'<div class="single">{chart}{note(words)}</div>')
+
+
 def _how_tested(run: Run) -> str:
     metrics = run.metrics
     users, hit_rate = number(metrics.get("num_users")), number(metrics.get("hr@10"))
@@ -109,12 +136,11 @@ def _how_tested(run: Run) -> str:
 
 
 def _facts(run: Run) -> Html:
-    seconds = seconds_of(run)
     speeds = [value for record in run.log if (value := number(record.get("users_per_s"))) is not None]
     memory = [value for record in run.log if (value := number(record.get("rss_gib"))) is not None]
     return facts([("state", run.status.get("state", "unknown")), ("last step", run.status.get("step", "unknown")),
                   ("device asked for", run.settings.get("system", {}).get("device", "unknown")),
-                  ("first to last log line", "unknown" if seconds is None else format_duration(seconds)),
+                  ("time running", "unknown" if run.seconds is None else format_duration(run.seconds)),
                   ("training speed", f"{statistics.median(speeds):,.0f} users/s (median)" if speeds else "unknown"),
                   ("largest memory in the log", f"{max(memory):.2f} GiB" if memory else "unknown"),
                   ("checkpoint", run.metrics.get("checkpoint", "unknown"))])  # fmt: skip
@@ -213,7 +239,8 @@ def _coverage(features: Sequence[dict]) -> Html:
                 bar(feature["covered"]),
             ]
         )
-    return table(["feature", "kind", "largest value", "covered", ""], rows, "", (2, 3)) if rows else note("The data have no features.")
+    header = ["feature", "kind", "largest value", "covered", ""]
+    return table(header, rows, "coverage", (2, 3)) if rows else note("The data have no features.")
 
 
 # ---- quality ------------------------------------------------------------------------------------------------------------
@@ -301,13 +328,22 @@ def commands(run: Run) -> list[tuple[str, str]]:
     if run.status.get("kind") != "eval":
         result = [("resume", f"python main.py --config {settings} --resume_path {word(run.folder)}")]
     result += [("evaluate", f"python main.py --inference_only --state_dict_path {word(best)}{data}"),
-               ("infer", f"MODEL_OUTPUT_PATH={word(best)} EVAL_DATA_PATH=FOLDER EVAL_RESULT_PATH=results python infer.py")]  # fmt: skip
+               ("infer", f"MODEL_OUTPUT_PATH={word(best)} EVAL_DATA_PATH={word(_users_to_predict(run))} EVAL_RESULT_PATH=results "
+                         "python infer.py")]  # fmt: skip
     commit = str(run.environment.get("commit") or "")
     checkout = f"git checkout {word(commit.removesuffix('-dirty'))} && " if commit else ""
     if run.status.get("kind") != "eval":
         result.append(("reproduce" + (" (the scripts had changes that no commit holds)" if commit.endswith("-dirty") else ""),
                        f"{checkout}python main.py --config {settings}{again}"))  # fmt: skip
     return result + [("this run was started with", f"python {line}") for line in run.commands if line.strip()]
+
+
+def _users_to_predict(run: Run) -> str:
+    """EVAL_DATA_PATH's folder: where the run's candidates lie, if that is not the training data; else words that stand for it."""
+    candidates, data = (run.settings.get(group, {}).get(key) for group, key in (("eval", "candidates"), ("paths", "data_path")))
+    if not isinstance(candidates, str) or candidates in ("", "all") or Path(candidates).parent == Path(str(data)):
+        return "<folder of users to predict>"
+    return str(Path(candidates).parent)
 
 
 def commands_section(run: Run) -> Html:

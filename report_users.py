@@ -9,20 +9,21 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from report_html import NONE, Html, count, details, esc, facts, heading, note, section, table
+from report_read import Run
 from schema import ACTION_NAMES
 
 OPENED = 1  # users shown at once; the others unfold
 VALUES = 4  # values of a feature that are shown
 
 
-def users_section(report: Mapping, num_candidates: object) -> Html:
-    """report: report.json's object; num_candidates: of metrics.json, for "rank 12 of 4,000"."""
-    samples = report.get("samples") or {}
-    users, items = samples.get("users") or [], samples.get("items") or {}
-    if not users:
+def users_section(run: Run) -> Html:
+    samples = run.report.get("samples")
+    if not samples:
         return section("Sample users", note("report.json with sample users is missing: this run was tested before the report kept them."))
-    names = {feature["id"]: feature["name"] for feature in report.get("data", {}).get("coverage", []) if feature.get("name")}
-    blocks = [_user(user, items, names, num_candidates, n < OPENED) for n, user in enumerate(users)]
+    coverage = run.report.get("data", {}).get("coverage", [])
+    names = {feature["id"]: feature["name"] for feature in coverage if feature["name"]}
+    num_candidates = run.metrics.get("num_candidates")  # for "rank 12 of 4,000"
+    blocks = [_user(user, samples["items"], names, num_candidates, n < OPENED) for n, user in enumerate(samples["users"])]
     text = (
         "Test users drawn at random: some whose next item is among the ten, some in the first hundred, some farther off. Near: the cosine "
         "of item vectors. Popularity: training events of the item. Times are UTC. "
@@ -66,7 +67,7 @@ def _answers(user: Mapping, items: Mapping, names: Mapping) -> Html:
         events = count(_item(items, answer["item"]).get("count"))
         rows.append([n + 1, raw, f"{answer['score']:.3f}", events, near, same])
     header = ["#", "item", "score", "popularity", "nearest in the history (cosine)", "features shared with that"]
-    return table(header, rows, "", (0, 2, 3))
+    return table(header, rows, "answers", (0, 2, 3))
 
 
 def _history(user: Mapping, items: Mapping) -> Html:

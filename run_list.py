@@ -5,8 +5,6 @@ Must not train or evaluate. Removes files that runs.py and checkpoint.py name, a
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +16,6 @@ from report_html import number, size_text
 from report_read import SAME, data_of, read_run
 from runs import STATUS, TRAIN_LOG, clear_folders, is_alive
 
-TAIL = 1 << 16  # bytes of train.log in which its last line is sought
-
 
 class Listed(NamedTuple):
     """A run folder and what it says of its run. checkpoint_dir, tensorboard_dir: as noted in status.json, None where nothing is."""
@@ -30,7 +26,7 @@ class Listed(NamedTuple):
     step: object
     metrics: dict
     group: tuple  # runs of one group have comparable metrics
-    seconds: float | None
+    seconds: float | None  # of its processes, pauses between them left out
     ended: float  # seconds since 1970
     num_bytes: int
     checkpoint_dir: Path | None
@@ -74,9 +70,7 @@ def _listed(folder: Path) -> Listed:
     ended = max((path.stat().st_mtime for name in (STATUS, TRAIN_LOG, "metrics.json") if (path := folder / name).is_file()), default=0.0)
     kind = "eval" if run.status.get("kind") == "eval" else "train"
     num_bytes = _size([folder, *(path for path in noted if path is not None)])
-    return Listed(
-        folder, kind, state, run.status.get("step", "unknown"), run.metrics, group, _duration(folder / TRAIN_LOG), ended, num_bytes, *noted
-    )
+    return Listed(folder, kind, state, run.status.get("step", "unknown"), run.metrics, group, run.seconds, ended, num_bytes, *noted)
 
 
 def _size(folders: Iterable[Path]) -> int:
@@ -90,18 +84,6 @@ def _size(folders: Iterable[Path]) -> int:
                 continue
             sizes[facts.st_dev, facts.st_ino] = facts.st_size if path.is_file() else 0
     return sum(sizes.values())
-
-
-def _duration(path: Path) -> float | None:
-    """Seconds from the first to the last line of a train.log, read at its two ends only."""
-    try:
-        with open(path, "rb") as file:
-            first = file.readline(TAIL)
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-            last = [line for line in file.read().splitlines() if line.strip()][-1]
-        return float(json.loads(last)["time"]) - float(json.loads(first)["time"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return None
 
 
 def list_rows(runs: Sequence[Listed]) -> tuple[list[list[object]], list[str]]:

@@ -55,6 +55,25 @@ class Feature:
         if self.cardinality < 0:
             raise UserError(f"{where}: cardinality is {self.cardinality}; expected 0 (unknown) or more.")
 
+    @classmethod
+    def from_row(cls, row: object) -> Feature:
+        """A feature of an object of schema.json; UserError where a key or a type is wrong."""
+        allowed = {"id", "side", "kind", "width", "cardinality", "name"}
+        if not isinstance(row, dict) or not {"id", "side", "kind"} <= set(row) <= allowed:
+            raise UserError(f"a feature needs id, side and kind, and may have width, cardinality, name; found {row!r:.200}.")
+        if not _is_whole(row["id"]) and not isinstance(row["id"], str):
+            raise UserError(f"feature {row['id']!r:.80}: an id is a non-empty string without '/' or a leading '.'.")
+        for key in ("width", "cardinality"):
+            if not _is_whole(row.get(key, 0)):
+                raise UserError(f"feature {row['id']!r}: {key} is {row[key]!r:.80}; expected a whole number.")
+        if not isinstance(row.get("name", ""), str):
+            raise UserError(f"feature {row['id']!r}: name is {row['name']!r:.80}; expected a text.")
+        return cls(**(row | {"id": str(row["id"])}))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -96,18 +115,12 @@ class Schema:
     def from_dict(cls, tree: object, where: str = "schema.json") -> Schema:
         """Build a schema from `to_dict`'s form; UserError names what is wrong in `where`."""
         if not isinstance(tree, dict) or not isinstance(tree.get("features"), list):
-            raise UserError(
-                f'{where}: expected {{"has_time": true, "features": [...]}}, found {type(tree).__name__} without a list of features.'
-            )
-        allowed = {"id", "side", "kind", "width", "cardinality", "name"}
-        features = []
-        for row in tree["features"]:
-            if not isinstance(row, dict) or not {"id", "side", "kind"} <= set(row) <= allowed:
-                raise UserError(f"{where}: a feature needs id, side and kind, and may have width, cardinality, name; found {row!r}.")
-            try:
-                features.append(Feature(**(row | {"id": str(row["id"])})))
-            except (UserError, TypeError) as error:
-                raise UserError(f"{where}: {error}") from None
+            found = "an object without a list of features" if isinstance(tree, dict) else "null" if tree is None else type(tree).__name__
+            raise UserError(f'{where}: expected {{"has_time": true, "features": [...]}}, found {found}.')
+        try:
+            features = [Feature.from_row(row) for row in tree["features"]]
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         has_time = tree.get("has_time", True)
         if not isinstance(has_time, bool):
             raise UserError(f"{where}: has_time is {has_time!r}; expected true or false.")
@@ -123,10 +136,13 @@ class Schema:
         if not path.exists():
             return TENCENT_GR
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
+            tree = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows begin a file with a mark
+            return cls.from_dict(tree, str(path))
+        except UserError as error:
+            reason = str(error)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not readable as JSON: {error}. Mend it, or remove it to use TencentGR's schema.") from None
-        return cls.from_dict(tree, str(path))
+            reason = f"{path}: not readable as JSON: {error}."
+        raise UserError(f"{reason}\nMend it, or remove it to use TencentGR's schema.")
 
 
 def _tencent_gr() -> Schema:

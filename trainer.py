@@ -32,6 +32,7 @@ from evaluate import Ranker, Ranking, move, split_metrics, trained_items, wanted
 from experts import take_usage
 from features import FeatureColumns, FeatureInputs, TableLayout, dropped_ids, known_items_digest
 from logger import RunLogger
+from metrics import ranks_from_topk
 from model import Recommender, heads_of
 from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_touched
 from parallel import cores, give_freed_memory_back, keep_freed_memory
@@ -424,9 +425,7 @@ class Trainer:
         # A value that is not a number (a score without weighted targets) is the best only until there is another.
         is_best = better or not self.best_name or (math.isnan(self.best_value) and not math.isnan(value))
         self.logger.eval_line(self.step, self.epoch, "valid", metrics, None if math.isnan(self.best_value) else {name: self.best_value})
-        self.logger.draw(
-            lambda writer: board.write_evaluation(writer, self.step, self.quality_of(self.splits.valid, ranking), self._drawn())
-        )
+        self.logger.draw(lambda writer: self._draw_evaluation(writer, ranking, metrics))
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         if is_best:
             self.best_value, self.best_name = float(value), checkpoints.checkpoint_name(self.step, metrics["loss"])
@@ -438,9 +437,15 @@ class Trainer:
         epochs_left = -(-(self.total_steps - self.step) // self.steps_per_epoch)
         return -(-epochs_left // self.config.eval.eval_every_epochs) + 2 * self.splits.test.num_samples / self.splits.valid.num_samples
 
-    def _drawn(self) -> torch.nn.Module | None:
-        """What TensorBoard's histograms show."""
-        return self.model if self.config.system.tensorboard_histograms else None
+    def _draw_evaluation(self, writer, ranking: Ranking, metrics: dict[str, float]) -> None:
+        """TensorBoard's table, histograms and pictures of a ranking of the validation split."""
+        system, valid = self.config.system, self.splits.valid
+        rows = self.quality_of(valid, ranking)
+        board.write_evaluation(writer, self.step, rows, self.model if system.tensorboard_histograms else None)
+        if system.tensorboard_figures:
+            target = torch.from_numpy(self.store.item_ids[valid.target].astype(np.int64))
+            ranks = ranks_from_topk(torch.from_numpy(ranking.topk_ids), target)
+            board.write_figures(writer, self.step, rows, metrics, ranks, ranking.topk_ids.shape[1])
 
     @cached_property
     def item_counts(self) -> np.ndarray:

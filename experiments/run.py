@@ -43,7 +43,7 @@ from checkpoint import write_text_atomic
 from config import KEYS, Config, with_values
 from errors import ArgumentParser, UserError, run_cli
 from metrics import paired_bootstrap
-from report_compare import gains, seconds_of
+from report_compare import gains
 from report_html import page, section
 from report_read import Run, curve, read_run
 from runs import environment
@@ -203,7 +203,7 @@ def table_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> tupl
             others = found.get((data, row.against), [])
             between = interval(runs, others) if others else None
             entry["difference"] = between
-            minutes = float(np.mean([seconds_of(run) or 0.0 for run in runs]) / 60)
+            minutes = float(np.mean([run.seconds or 0.0 for run in runs]) / 60)
             entry["minutes"], entry["steps"] = minutes, int(np.mean([run.status.get("step", 0) for run in runs]))
             words = "" if between is None else f"{between[0]:+.4f} ({between[1]:+.4f} to {between[2]:+.4f})"
             entry["steps_to_reach"] = reach = steps_to(runs, others)

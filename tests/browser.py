@@ -87,6 +87,14 @@ class Browser:
         """A PNG of the whole page."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
 
+    def print_layout(self):
+        """From now on the page is laid out as for a printer."""
+        self.call("Emulation.setEmulatedMedia", media="print")
+
+    def pdf(self):
+        """The page as a printer gets it: a PDF of A4 pages."""
+        return base64.b64decode(self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)["data"])
+
     @property
     def complaints(self):
         return [event for event in self.events if event.get("method") in COMPLAINTS]

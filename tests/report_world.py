@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from tiny import tiny_store
 
+from baselines import Baselines
 from checkpoint import plain_json
 from config import Config, with_values
 from dataset import make_splits, training_item_counts
-from evaluate import Ranking, split_metrics
+from evaluate import Ranking, baseline_results, split_metrics
 from ranks import write_ranks
 from report_data import write_report_data
 from runs import write_start_files, write_status
@@ -21,10 +22,6 @@ METRICS = {
     "num_candidates": 20,
     "seen_removed": True,
     "checkpoint": "checkpoints/a/global_step40",
-    "popularity.hr@10": 0.04,
-    "popularity.ndcg@10": 0.02,
-    "recent.hr@10": 0.05,
-    "recent.ndcg@10": 0.03,
 }
 ENVIRONMENT = {"python": "3.11.7", "torch": "2.13.0", "gpus": [], "commit": "ab12-dirty", "cuda": None}
 
@@ -59,8 +56,10 @@ def write_run(folder, *, seed=0, skill=0.5, store=None, **settings):
     write_start_files(folder, dump_yaml(with_values(Config(), log_path=str(folder), **settings)), ["main.py"], ENVIRONMENT)
     (folder / "train.log").write_text("".join(json.dumps(record) + "\n" for record in records()), encoding="utf-8")
     metrics = METRICS | split_metrics(store, splits.test, ranking.topk_ids, (10,), 1) | {"num_users": splits.test.num_samples}
+    of_baselines, places = baseline_results(Baselines(store, splits.train, np.arange(1, store.num_items + 1), True), splits.test, (10,), 1)
+    metrics |= of_baselines
     (folder / "metrics.json").write_text(json.dumps(plain_json(metrics)), encoding="utf-8")
-    write_ranks(folder, splits.test.users, ranking.target_ranks, ranking.topk_ids)
+    write_ranks(folder, splits.test.users, ranking.target_ranks, ranking.topk_ids, places)
     counts = training_item_counts(store, splits.train)
     write_report_data(folder, store, splits, ranking, np.arange(1, store.num_items + 1), counts, seed=1, embeddings=("81",))
     write_status(folder, "finished", 40, name=folder.name)

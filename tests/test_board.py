@@ -1,5 +1,8 @@
 """board.py: what TensorBoard reads back of layout, settings, hparams, histograms and slices, and the projector's files."""
 
+import io
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +58,36 @@ def test_start_evaluation_and_hparams(tmp_path):
     assert sorted(tags["histograms"]) == ["weights/bias", "weights/weight"] and found.Histograms("weights/weight")[0].step == 7
     session = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content.decode("latin-1")
     assert "model.hidden_units" in session and "paths.data_path" not in session
+
+
+def test_figures_are_pictures_of_the_evaluation(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    rows = [ROWS[0] | {"ndcg_error": 0.01}, ROWS[0] | {"group": "cold", "num_users": 3, "ndcg@10": 0.0, "ndcg_error": None}]
+    ranks = torch.tensor([1, 1, 3, 0, 0, 0, 0, 0])
+
+    def show(writer):
+        for step in (5, 9):
+            board.write_figures(writer, step, rows, {"ndcg@10": 0.12}, ranks, 10)
+
+    found = drawn(tmp_path, show)
+    assert sorted(found.Tags()["images"]) == ["place of the target", "quality by slice"]
+    for tag in found.Tags()["images"]:
+        assert [event.step for event in found.Images(tag)] == [5, 9]
+        picture = image.open(io.BytesIO(found.Images(tag)[-1].encoded_image_string))
+        assert picture.size[0] == 640 and len(found.Images(tag)[-1].encoded_image_string) < 40_000
+
+
+def test_no_pillow_costs_the_pictures_alone(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    log = RunLogger(None, tmp_path)
+    for step in (1, 2):
+        log.draw(lambda writer: board.write_evaluation(writer, step, ROWS, None))
+        log.draw(lambda writer: board.write_figures(writer, step, [], {"ndcg@10": 0.1}, torch.tensor([1]), 10))
+    log.close()
+    out = capsys.readouterr().out
+    assert out.count("warning: no pictures in TensorBoard") == 1 and "pip install pillow, or --no-tensorboard_figures" in out
+    assert len(events_of(tmp_path).Tensors("quality by slice/text_summary")) == 2
 
 
 def test_histograms_only_on_demand(tmp_path):

@@ -95,6 +95,14 @@ def runnable(command: str) -> str | None:
     return command
 
 
+# Commands that stand in a text block, so that no test runs them as they are, and why.
+NOT_RUN = {
+    "python convert.py": "no Amazon review file and no RecBole set stand in for the real ones here; test_convert.py runs all recipes",
+    "python experiments/run.py": "it trains for an hour; test_sweeps.py runs a small one",
+    "python report.py --prune --yes": "it removes the runs that later blocks go on with; test_run_list.py runs it",
+}  # fmt: skip
+
+
 def main_arguments(command: str) -> list[str] | None:
     """The flags of a command that starts main.py (or run.sh); None for any other. `$NAME` stays a word."""
     words = shlex.split(without_assignments(command.partition(" | ")[0].partition(" > ")[0]))
@@ -234,6 +242,13 @@ def test_readme_maps_each_script():
     unmapped = [path.name for path in sorted(ROOT.glob("*.py")) if path.name not in mapped]
     assert not unmapped, f"not in README.md's file map: {', '.join(unmapped)}"
     assert not [name for name in mapped if not any(ROOT.glob(name.rstrip("/")))], "README.md's file map names what does not exist"
+
+
+def test_commands_in_text_blocks_have_a_reason():
+    lines = [line for block in BLOCKS if block.language == "text" for line in commands_of(block)]
+    texts = [line for line in lines if re.match(r"(\w+=\S+ )*(python|bash) ", line)]
+    assert [line for line in texts if not line.startswith(tuple(NOT_RUN))] == []
+    assert [start for start in NOT_RUN if not any(line.startswith(start) for line in texts)] == []
 
 
 @pytest.mark.parametrize(("block", "command"), COMMANDS or [pytest.param(None, None, marks=NOTHING)], ids=name_of)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from test_main import run_main
 
+import convert
+import main
 from doctor import as_json, lines, verdict
 from doctor_findings import FAIL, PASS, WARN, Finding
 from synthetic import generate
@@ -48,8 +50,6 @@ def test_a_converted_public_set_passes(tmp_path):
     rng = np.random.default_rng(1)
     rows = [f"{user} " + " ".join(map(str, rng.choice(60, 8, replace=False) + 1)) for user in range(1, 301)]
     (tmp_path / "set.txt").write_text("\n".join(rows) + "\n")
-    import convert
-
     assert run_main("s3rec", "set.txt", "data", cwd=tmp_path, entry=convert).status == 0
     result = run_main("--doctor", "--data_path", "data", "--protocol", "leave_one_out", cwd=tmp_path)
     assert result.status == 0
@@ -238,6 +238,120 @@ def test_planted_faults_are_found(healthy, tmp_path, change, flags, level, check
     assert {f.check.split(".")[0] for f in found if f.level != PASS} <= {check.split(".")[0], "data", "settings"}
     assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
     assert not list((tmp_path / "cache").glob("scratch-*"))
+
+
+# ---- schema.json and indexer.pkl that are not what they should be ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted public set with a multi-valued feature: the parquet layout with a schema.json of its own."""
+    folder = tmp_path_factory.mktemp("converted")
+    rng = np.random.default_rng(1)
+    rows = [f"{user} " + " ".join(map(str, rng.choice(60, 8, replace=False) + 1)) for user in range(1, 301)]
+    (folder / "set.txt").write_text("\n".join(rows) + "\n")
+    (folder / "set_item2attributes.json").write_text(json.dumps({item: [item % 9 + 1, item % 4 + 1] for item in range(1, 61)}))
+    assert run_main("s3rec", "set.txt", "data", cwd=folder, entry=convert).status == 0
+    return folder / "data"
+
+
+def with_feature(**keys: object) -> str:
+    """A schema.json of one feature: the converted one's, with other values."""
+    return json.dumps({"has_time": False, "features": [{"id": "attributes", "side": "item", "kind": "multi"} | keys]})
+
+
+SCHEMAS = [
+    ("null", "null", "found null"),
+    ("broken", '{"features": [', "not readable as JSON"),
+    ("empty", "", "not readable as JSON"),
+    ("no text", b"\xff\xfe{\x00", "not readable as JSON"),
+    ("nested", "[" * 100_000, "not readable as JSON"),
+    ("a list", "[]", "found list"),
+    ("a number", "3", "found int"),
+    ("no features", "{}", "an object without a list of features"),
+    ("features null", '{"features": null}', "an object without a list of features"),
+    ("features an object", '{"features": {}}', "an object without a list of features"),
+    ("a feature null", '{"features": [null]}', "found None"),
+    ("no id", with_feature(id=None), "an id is"),
+    ("a path for an id", with_feature(id="../x"), "an id is"),
+    ("an unknown kind", with_feature(kind="many"), "kind is 'many'"),
+    ("a list for a kind", with_feature(kind=["multi"]), "kind is ['multi']"),
+    ("no side", with_feature(side=None), "side is None"),
+    ("an unknown key", with_feature(colour=1), "found {"),
+    ("a text for a number", with_feature(cardinality="9"), "cardinality is '9'; expected a whole number"),
+    ("a broken number", with_feature(cardinality=1.5), "cardinality is 1.5"),
+    ("a number too large", with_feature(cardinality=10**30), "expected a whole number"),
+    ("no width", with_feature(kind="embedding", width=None), "width is None"),
+    ("a number for a name", with_feature(name=3), "name is 3; expected a text"),
+    ("twice", json.dumps({"features": json.loads(with_feature())["features"] * 2}), "listed twice"),
+    ("a text for has_time", json.dumps(json.loads(with_feature()) | {"has_time": "yes"}), "has_time is 'yes'"),
+    ("another kind than the file's", with_feature(kind="single"), "expected whole numbers"),
+]
+
+
+def one_failure(result, words: str, path: Path) -> None:
+    """The doctor found one fault, told where it lies and what to do, and ended with status 1."""
+    assert result.status == 1 and "Traceback" not in result.err
+    failures = [line for line in result.out.splitlines() if line.startswith(FAIL)]
+    assert len(failures) == 1 and "data.read" in failures[0] and words in failures[0] and " -> " in failures[0], result.out
+    assert str(path) in failures[0]
+
+
+@pytest.mark.parametrize(("content", "words"), [case[1:] for case in SCHEMAS], ids=[case[0] for case in SCHEMAS])
+def test_a_schema_that_is_none(converted, tmp_path, content, words):
+    shutil.copytree(converted, tmp_path / "data")
+    path = tmp_path / "data/schema.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = run_main("--doctor", "--data_path", tmp_path / "data", "--protocol", "leave_one_out", cwd=tmp_path)
+    one_failure(result, words, path if words != "expected whole numbers" else tmp_path / "data/item_feat")
+
+
+def test_a_folder_in_the_place_of_the_schema(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "data")
+    (tmp_path / "data/schema.json").unlink()
+    (tmp_path / "data/schema.json").mkdir()
+    one_failure(run_main("--doctor", "--data_path", "data", cwd=tmp_path), "Is a directory", Path("data/schema.json"))
+
+
+def test_a_schema_with_a_mark_of_windows_is_read(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "data")
+    path = tmp_path / "data/schema.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert run_main("--doctor", "--data_path", "data", "--protocol", "leave_one_out", cwd=tmp_path).status == 0
+
+
+INDEXERS = [
+    ("null", lambda tree: None, "found NoneType"),
+    ("a list", lambda tree: [], "found list"),
+    ("no users", lambda tree: tree | {"u": None}, "found keys"),
+    ("items in a list", lambda tree: tree | {"i": [1]}, "found keys"),
+    ("no items", lambda tree: tree | {"i": {}}, "'i' holds no item"),
+    ("nothing at all", lambda tree: {"u": {}, "i": {}, "f": {}}, "'i' holds no item"),
+    ("texts for numbers", lambda tree: tree | {"i": {raw: str(n) for raw, n in tree["i"].items()}}, "expected a number"),
+    ("a feature null", lambda tree: tree | {"f": {"100": None}}, "of type NoneType"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), [case[1:] for case in INDEXERS], ids=[case[0] for case in INDEXERS])
+def test_an_indexer_that_is_none(healthy, tmp_path, change, words):
+    shutil.copytree(healthy / "A", tmp_path / "data")
+    path = tmp_path / "data/indexer.pkl"
+    path.write_bytes(pickle.dumps(change(pickle.loads(path.read_bytes()))))
+    one_failure(run_main("--doctor", "--data_path", tmp_path / "data", *SETTINGS, cwd=tmp_path), words, path)
+
+
+def test_the_demo_data_with_a_fault(tmp_path, monkeypatch):
+    """Without a data path: the demo data are made and pass; what is broken in them afterwards is found, and they are not made again."""
+    monkeypatch.setattr(main, "DEMO", main.DEMO | {"users": 420, "items": 500})
+    assert run_main("--doctor", *SETTINGS, cwd=tmp_path).status == 0
+    good = (tmp_path / "demo_data/seq.jsonl").read_text()
+    (tmp_path / "demo_data/schema.json").write_text("null")
+    one_failure(run_main("--doctor", *SETTINGS, cwd=tmp_path), "found null", Path("demo_data/schema.json"))
+    (tmp_path / "demo_data/schema.json").unlink()
+    (tmp_path / "demo_data/seq.jsonl").write_text(good[:-100])
+    result = run_main("--doctor", *SETTINGS, cwd=tmp_path)
+    assert result.status == 1 and "Traceback" not in result.err and "demo_data/seq.jsonl:420" in result.out
+    assert (tmp_path / "demo_data/seq.jsonl").read_text() == good[:-100]
 
 
 def test_a_missing_data_folder_is_said_with_who_set_it(tmp_path):

@@ -77,6 +77,10 @@ def has_histograms(seen: Seen) -> bool:
     return any(b"weights/backbone" in path.read_bytes() for path in (seen.cwd / "tb").glob("events.out.tfevents.*"))
 
 
+def has_figures(seen: Seen) -> bool:
+    return any(b"place of the target" in path.read_bytes() for path in (seen.cwd / "tb").glob("events.out.tfevents.*"))
+
+
 def logged_steps(seen: Seen) -> list:
     return [r["global_step"] for r in seen.records if "loss" in r]
 
@@ -243,6 +247,7 @@ CASES = {
     "log_every_steps": Case(3, logged_steps, ([1, 2, 3, 4, 5, 6, 7, 8], [3, 6, 8])),
     "tensorboard": Case(True, exists("tb/events.out.tfevents.*"), (False, True)),
     "tensorboard_histograms": Case(True, has_histograms, (False, True), {"tensorboard": True}),
+    "tensorboard_figures": Case(False, has_figures, (True, False), {"tensorboard": True}),
     "projector_items": Case(0, exists("tb/projector_config.pbtxt"), (True, False), {"tensorboard": True}),
     "run_name": Case("mine", exists("logs/*-mine"), (False, True), {"log_path": ""}),
     "data_path": Case("other", metric("num_candidates"), (ITEMS, ITEMS + 10)),

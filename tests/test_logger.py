@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import logger
-from logger import RunLogger, format_duration, format_table, read_train_log, train_text
+from logger import RunLogger, format_duration, format_table, read_train_log, run_seconds, train_text
 
 RECORD = {"global_step": 10, "loss": 0.5, "epoch": 1, "lr": 1e-3, "grad_norm": 0.25, "users_per_s": 1234.0, "data_wait": 0.031}
 
@@ -52,7 +52,7 @@ def test_eval_line_names_its_split_and_keeps_loss_for_training(tmp_path):
     log = RunLogger(tmp_path, None, console=False)
     log.eval_line(30, 1, "valid", {"loss": 2.0, "hr@10": 0.125})
     (line,) = lines(tmp_path / "train.log")
-    del line["time"]
+    del line["time"], line["run_seconds"]
     assert line == {"global_step": 30, "epoch": 1, "split": "valid", "valid_loss": 2.0, "hr@10": 0.125}
 
 
@@ -65,6 +65,57 @@ def test_a_cut_last_line_is_mended_and_appended_to(tmp_path, tail, kept):
     log.train_line({"global_step": 3, "loss": 0.5, "epoch": 1})
     assert [line["global_step"] for line in lines(path)] == [1, 2, 3][:kept] + [3] * (kept < 3)
     assert ("cut an unfinished last line of 22 bytes" in out.getvalue()) == (kept == 1 and bool(tail))
+
+
+def test_run_seconds_leave_out_the_pause_before_a_resumed_process(tmp_path, monkeypatch):
+    """Two processes of 30 s and 20 s with 1,000 s between them; the second one does step 20 again."""
+    clock = [5000.0]
+    monkeypatch.setattr(logger.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(logger.time, "time", lambda: 1e9 + clock[0])
+    for start, steps in ((5000.0, (10, 20)), (6030.0, (20, 30))):
+        clock[0] = start
+        log = RunLogger(tmp_path, None, console=False)
+        for step, later in zip(steps, (10, 20)):
+            clock[0] = start + later
+            log.train_line({"global_step": step, "loss": 1.0})
+        if start == 5000.0:
+            clock[0] = start + 30
+            log.eval_line(20, 1, "valid", {"hr@10": 0.5})
+            assert run_seconds(tmp_path / "train.log") == 30
+    assert [line["run_seconds"] for line in lines(tmp_path / "train.log")] == [10, 20, 30, 40, 50]
+    assert run_seconds(tmp_path / "train.log") == 50 and lines(tmp_path / "train.log")[-1]["time"] == 1e9 + 6050
+
+
+def test_run_seconds_of_older_and_of_odd_logs(tmp_path):
+    path = tmp_path / "train.log"
+    assert run_seconds(path) is None
+    for content, expected in (
+        ("", None),
+        ("{}\n", None),
+        ('"time"\n', None),
+        ('{"time": 5}\n', 0.0),
+        ('{"time": 5}\n[1]\n{"time": 65.5}\n{"time": "x"}\n', 60.5),
+        ('{"run_seconds": 0}\n', 0.0),
+        ('{"time": 5}\n{"run_seconds": 7, "time": 99}\n{"global_st', 7.0),
+        ('{"run_seconds": NaN, "time": 1}\n', 0.0),
+    ):
+        path.write_text(content)
+        assert run_seconds(path) == expected, content
+    # An older run that is gone on with: what it took so far is what its lines say.
+    path.write_text('{"global_step": 1, "time": 100.0}\n{"global_step": 2, "time": 160.0}\n')
+    log = RunLogger(tmp_path, None, console=False)
+    log.train_line({"global_step": 3, "loss": 1.0})
+    assert 60 <= run_seconds(path) < 70
+
+
+def test_run_seconds_of_a_long_log_reads_its_ends_only(tmp_path):
+    path = tmp_path / "train.log"
+    with open(path, "wb") as file:
+        file.write(b'{"global_step": 1, "time": 0.0, "run_seconds": 1.0}\n')
+        file.truncate(1 << 40)  # a hole of a tebibyte
+        file.seek(0, 2)
+        file.write(b'\n{"global_step": 9, "time": 9.0, "run_seconds": 8.0}\n')
+    assert run_seconds(path) == 8
 
 
 def test_read_train_log_gives_one_history(tmp_path):

@@ -24,6 +24,7 @@ from checkpoint import list_checkpoints
 from config import KEYS
 from errors import run_cli
 from logger import read_train_log
+from report_read import read_run
 from synthetic import generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,6 +198,7 @@ def test_tensorboard_tags(world):
     # What board.py adds besides: the layout of the charts, the settings, the report's slices at each evaluation, hparams.
     assert {"custom_scalars__config__", "settings/text_summary", "quality by slice/text_summary"} <= set(events.Tags()["tensors"])
     assert [point.step for point in events.Tensors("quality by slice/text_summary")] == [4, 8]
+    assert {"quality by slice", "place of the target"} <= set(events.Tags()["images"])
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
     assert [point.step for point in events.Scalars("Loss/train")] == list(range(1, STEPS + 1))
     assert [point.step for point in events.Scalars("Loss/valid")] == [4, 8]
@@ -253,6 +255,12 @@ def test_platform_variables_set_the_paths(world, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "cache", "l", "t"]
 
 
+def test_a_report_that_cannot_be_drawn_is_said_and_leaves_the_run_finished(world):
+    with mock.patch.object(main, "write_report", side_effect=KeyError("a fault of ours")), pytest.raises(KeyError, match="a fault of ours"):
+        world.run(*places(Path("undrawn")), "--max_steps", 1)
+    assert status_of(world.cwd / "undrawn/log")["state"] == "finished" and metrics_of(world.cwd / "undrawn/log")["num_users"]
+
+
 # ---- signals, failures, resume ----
 
 
@@ -287,6 +295,10 @@ def test_kill_9_inside_an_epoch_then_resume_is_exact(world):
     assert after.startswith(before)  # appended to, nothing rewritten; step 5 stands there twice
     assert [json.loads(line)["global_step"] for line in after.splitlines() if b'"loss"' in line] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert len((log / "command.txt").read_text().splitlines()) == 2
+    # Two processes, and what lies between them does not count: the second one's first line goes on from the first one's last.
+    ran, when = ([json.loads(line)[key] for line in after.splitlines()] for key in ("run_seconds", "time"))
+    begin = before.count(b"\n")
+    assert ran == sorted(ran) and ran[begin] - ran[begin - 1] < when[begin] - when[begin - 1] and read_run(log).seconds == ran[-1]
 
 
 def test_sigterm_saves_and_the_rest_is_exact(world):

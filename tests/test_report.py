@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from browser import Browser, find_browser
 from report_world import write_run
 from tiny import tiny_store
 
@@ -18,9 +17,10 @@ import charts
 import report
 from config import Config, with_values
 from errors import UserError
-from report_compare import difference, differing_settings, gains, names_of
+from ranks import Ranks, write_ranks
+from report_compare import difference, differing_settings, gains, less_baseline, names_of, signed
 from report_read import best_earlier, curve, incomparable, read_run
-from report_sections import commands, verdict
+from report_sections import BASELINES, commands, verdict
 from runs import write_start_files, write_status
 from settings import dump_yaml
 
@@ -99,7 +99,7 @@ def test_sections_and_figures(run):
     page = page_of(run)
     for heading in ("Summary", "Learning curves", "Quality by slice", "Sample users", "Data", "Configuration", "Environment", "Commands"):
         assert heading in page.text
-    assert "Beats all 3 baselines: NDCG@10 0.0600 against 0.0400 of item-to-item (+50 %), the best of them." in page.text
+    assert "Beats all 3 baselines: NDCG@10 0.0600 against 0.0400 of item-to-item (+50 %), the best of them; no interval, as" in page.text
     assert "this model 0.1000 0.0600 0.0700" in page.text and "most recent 0.0500 0.0300 0.0350" in page.text
     assert "400 users, 6,000 candidates ranked, seen items removed" in page.text
     assert f"± {1.96 * math.sqrt(0.1 * 0.9 / 400):.4f}" in page.text
@@ -220,8 +220,48 @@ def test_a_long_run_stays_small(run):
     ({"ndcg@10": 0.1, "recent.ndcg@10": 0.1}, "bad", "Beats 0 of 1"), ({"ndcg@10": 0.0, "recent.ndcg@10": 0.0}, "bad", "Beats 0 of 1"),
 ])  # fmt: skip
 def test_verdict(metrics, kind, words):
-    found, sentence = verdict(metrics)
-    assert found == kind and words in sentence
+    found, sentence = verdict(metrics, None)
+    assert found == kind and words in sentence and (("no interval, as ranks.npz is missing" in sentence) == ("Beats" in sentence))
+
+
+def ranks_of(model, **baselines):
+    return Ranks(np.arange(len(model)), np.array(model), np.zeros((0, 10)), {name: np.array(place) for name, place in baselines.items()})
+
+
+def test_verdict_with_an_interval_over_users():
+    """0.5 = NDCG of place 3 (0-based 2); every second user of 100, so the interval is that of a proportion: +- 1.96 * 0.25 / 10."""
+    metrics = {"ndcg@10": 0.25, "recent.ndcg@10": 0.0, "popularity.ndcg@10": 0.0}
+    half, never = [2, -1] * 50, [-1] * 100
+    kind, sentence = verdict(metrics, ranks_of(half, popularity=never, recent=never))
+    found = re.search(r"difference \+0\.2500, 95 % interval \+(\S+) to \+(\S+), over the same 100 users", sentence)
+    assert kind == "good" and [float(x) for x in found.groups()] == pytest.approx([0.25 - 0.049, 0.25 + 0.049], abs=0.008)
+    # The same figures the other way round, and rankers that find each others' misses.
+    kind, sentence = verdict({"ndcg@10": 0.0, "popularity.ndcg@10": 0.25}, ranks_of(never, popularity=half))
+    assert kind == "bad" and "Beats 0 of 1 baselines" in sentence and "difference −0.2500, 95 % interval −0." in sentence
+    other = [-1, 2] * 48 + [-1, -1] * 2
+    kind, sentence = verdict({"ndcg@10": 0.25, "popularity.ndcg@10": 0.24}, ranks_of(half, popularity=other))
+    assert kind == "none" and sentence.startswith("No clear difference to the best baseline: NDCG@10 0.2500 against 0.2400")
+    # No interval: an older file, and too few users.
+    for ranks, why in ((ranks_of(half), "has no places of this baseline"), (ranks_of([0] * 9, recent=[1] * 9), "fewer than 30 users")):
+        kind, sentence = verdict({"ndcg@10": 0.25, "recent.ndcg@10": 0.2}, ranks)
+        assert kind == "good" and "Beats all 1 baselines" in sentence and f"; no interval, as {why}" in sentence.replace("ranks.npz ", "")
+
+
+def test_intervals_against_baselines_are_drawn_and_in_figures(tmp_path):
+    _, _, _, metrics = write_run(tmp_path / "one")
+    run = read_run(tmp_path / "one")
+    page = page_of(tmp_path / "one")
+    for key, name in BASELINES.items():
+        found = less_baseline(run.ranks, key, "ndcg@10")
+        assert found.mean == pytest.approx(metrics["ndcg@10"] - metrics[f"{key}.ndcg@10"])
+        row = " ".join(f"{metrics[f'{key}.{of}']:.4f}" for of in ("hr@10", "ndcg@10", "score"))
+        assert f"{name} {row}" in page.text and f"{name} {signed(found.mean)} ({signed(found.low)} to {signed(found.high)})" in page.text
+    assert "This model less a baseline, NDCG@10" in page.text
+    # A run of before they were kept has neither the column nor a guess.
+    user, rank, topk_ids, _ = run.ranks
+    write_ranks(tmp_path / "one", user, rank, topk_ids, {})
+    page = page_of(tmp_path / "one")
+    assert "no interval, as ranks.npz has no places" in page.text and "less a baseline" not in page.text
 
 
 def test_commands_can_be_pasted(run):
@@ -230,10 +270,22 @@ def test_commands_can_be_pasted(run):
     assert shlex.split(lines["resume"]) == ["python", "main.py", "--config", settings, "--resume_path", str(run)]
     assert shlex.split(lines["evaluate"])[2:] == ["--inference_only", "--state_dict_path", METRICS["checkpoint"]]
     assert shlex.split(lines["infer"])[0] == f"MODEL_OUTPUT_PATH={METRICS['checkpoint']}"
+    # Nobody takes this for a folder, and a shell does not take it for a redirection.
+    assert shlex.split(lines["infer"])[1:3] == ["EVAL_DATA_PATH=<folder of users to predict>", "EVAL_RESULT_PATH=results"]
     again = next(line for what, line in lines.items() if what.startswith("reproduce"))
     # The commit without its mark, and folders of its own: a new run never writes into another's.
     assert shlex.split(again) == ["git", "checkout", "ab12", "&&", "python", "main.py", "--config", settings, "--log_path", f"{run}-again"]
     assert lines["this run was started with"] == "python main.py --batch_size 64"
+
+
+@pytest.mark.parametrize(("candidates", "data", "folder"), [
+    ("data-eval/predict_set.jsonl", "data", "data-eval"), ("my eval/candidate", "data", "my eval"),
+    ("data/predict_set.jsonl", "data", "<folder of users to predict>"), ("all", "data", "<folder of users to predict>"),
+    (None, None, "<folder of users to predict>"),
+])  # fmt: skip
+def test_the_folder_to_predict_is_that_of_the_candidates(run, candidates, data, folder):
+    found = read_run(run)._replace(settings={"eval": {"candidates": candidates}, "paths": {"data_path": data}})
+    assert shlex.split(dict(commands(found))["infer"])[1] == f"EVAL_DATA_PATH={folder}"
 
 
 # ---- a tested run: data, slices, sample users ---------------------------------------------------------------------------
@@ -285,7 +337,26 @@ def test_a_report_json_of_another_shape(tmp_path, part, value):
     write_run(tmp_path / "one")
     path = tmp_path / "one/report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
-    assert "Commands" in page_of(tmp_path / "one").text
+    text = page_of(tmp_path / "one").text
+    assert text.count("report.json is not what this version writes") == 1 and "Commands" in text
+
+
+def test_a_report_json_of_another_version(tmp_path):
+    write_run(tmp_path / "one")
+    path = tmp_path / "one/report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+    assert page_of(tmp_path / "one").text.count("(version: expected 1, found 99); nothing is shown") == 3
+
+
+def test_a_fault_of_ours_is_not_hidden(tmp_path, monkeypatch):
+    write_run(tmp_path / "one")
+
+    def broken(run):
+        return run.report["data"]["no such key"]
+
+    monkeypatch.setattr(report, "data_section", broken)
+    with pytest.raises(KeyError, match="no such key"):
+        report.write_report(tmp_path / "one")
 
 
 def test_an_old_run_without_the_new_files(run):
@@ -350,32 +421,6 @@ def test_runs_of_which_little_is_known_stand_side_by_side(run, tmp_path):
     write_status(tmp_path / "empty", "failed", 0)
     report.main([str(run), str(tmp_path / "empty")])
     assert "No interval for NDCG@10: empty: no test metrics" in Page((run / "report.html").read_text(encoding="utf-8")).text
-
-
-# ---- in a browser -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed: apt-get install chromium")
-def test_in_a_browser(tmp_path):
-    """No complaint, no request but the file itself, all pictures drawn, and nothing wider than a phone, light or dark."""
-    write_run(tmp_path / "earlier", seed=1)
-    write_run(tmp_path / "one", seed=2)
-    path = report.write_report(tmp_path / "one")
-    with Browser() as browser:
-        for width, dark in ((390, False), (390, True), (1200, False)):
-            browser.open(path, width, dark=dark)
-            assert browser.complaints == [] and browser.requests == [path.resolve().as_uri()]
-            browser.value("document.querySelectorAll('details').forEach(d => d.open = true)")
-            assert browser.value("document.documentElement.scrollWidth") <= width
-            pictures = browser.value("Array.from(document.querySelectorAll('svg')).map(s => s.getBoundingClientRect().height)")
-            assert len(pictures) == path.read_text(encoding="utf-8").count("<svg") >= 18 and min(pictures) > 30
-            colour = browser.value("getComputedStyle(document.body).backgroundColor")
-            assert (colour == "rgb(255, 255, 255)") != dark
-            # Labels of charts stay inside their picture.
-            outside = """Array.from(document.querySelectorAll('svg text')).filter(t => {
-                const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();
-                return a.left < b.left - 1 || a.right > b.right + 1 || a.bottom > b.bottom + 1}).map(t => t.textContent)"""
-            assert browser.value(outside) == []
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ def make(base, name, ndcg=None, state="finished", ended=0, **status):
     (events / "events.out.tfevents.1").write_bytes(b"e" * 500)
     where = {"checkpoint_path": str(checkpoint), "tensorboard_path": str(events)}
     write_status(folder, state, 4, name=name, **(where | status))
-    (folder / "train.log").write_text(
-        json.dumps({"global_step": 1, "time": 10.0}) + "\n" + json.dumps({"global_step": 4, "time": 75.0}) + "\n"
-    )
+    # 65 s of work with an hour's pause in it
+    lines = ({"global_step": 1, "time": 10.0, "run_seconds": 5.0}, {"global_step": 4, "time": 3670.0, "run_seconds": 65.0})
+    (folder / "train.log").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if ndcg is not None:
         (folder / "metrics.json").write_text(json.dumps({"split": "test", "hr@10": 0.2, "ndcg@10": ndcg, "checkpoint": f"{checkpoint}/x"}))
     age(folder, ended)

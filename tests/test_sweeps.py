@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from errors import UserError
+from ranks import Ranks
 from report_read import read_run
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -55,8 +56,8 @@ def test_a_sweep_goes_on_and_its_table_is_right(tmp_path, monkeypatch, capsys):
 
 def fake_run(folder, seed, ranks, curve):
     rank = np.array(ranks)
-    ranked = sweeps.Run(folder, [{"split": "valid", "global_step": s, "ndcg@10": v} for s, v in curve], {}, {}, {}, "", {}, [], {}, None)
-    return ranked._replace(ranks=type("R", (), {"user": np.arange(len(rank)), "rank": rank})())
+    lines = [{"split": "valid", "global_step": s, "ndcg@10": v} for s, v in curve]
+    return read_run(folder)._replace(log=lines, ranks=Ranks(np.arange(len(rank)), rank, np.zeros((0, 10), np.int64), {}))
 
 
 def test_interval_and_steps_by_hand(tmp_path):

@@ -14,6 +14,8 @@ from dataset import make_splits
 from errors import RunError, UserError
 from features import TableLayout, hashed_rows
 from final_test import run_test
+from ranks import read_ranks
+from report_compare import gains
 from logger import RunLogger, read_train_log
 from optim import LossScaler
 from runs import RunPaths
@@ -162,6 +164,12 @@ def test_test_metrics_have_the_promised_keys(tmp_path):
     assert wanted <= set(metrics) and not any(isinstance(value, (dict, list)) for value in metrics.values())
     assert metrics["num_users"] == 40 and metrics["num_candidates"] == 30 and metrics["split"] == "test"
     assert metrics["checkpoint"].endswith(trainer.best_name)
+    # Every user's place in ranks.npz gives the same means, the model's and the baselines'.
+    ranks = read_ranks(tmp_path)
+    assert set(ranks.baselines) == {"popularity", "recent", "item2item"}
+    for prefix, places in {"": ranks.rank, **{f"{name}.": places for name, places in ranks.baselines.items()}}.items():
+        for key in ("hr@10", "ndcg@10"):
+            assert gains(places, key).mean() == pytest.approx(metrics[prefix + key]), (prefix, key)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):

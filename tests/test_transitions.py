@@ -114,7 +114,8 @@ def test_batch_size_and_order_of_candidates_change_nothing():
     one = ranker(store, model, columns, **options).rank(splits.test, 10, True, ranks_of=asked)
     shuffled = np.random.default_rng(0).permutation(np.arange(1, store.num_items + 1))
     for batch_size, candidates in ((1, None), (7, shuffled), (512, None)):
-        other = ranker(store, model, columns, candidates, batch_size=batch_size, **options).rank(splits.test, 10, True, ranks_of=asked)
+        other = ranker(store, model, columns, candidates, batch_size=batch_size, **options)
+        other = other.rank(splits.test, 10, True, ranks_of=asked)
         assert (other.topk_ids == one.topk_ids).all() and np.allclose(other.topk_scores, one.topk_scores, atol=1e-6)
         assert (other.target_ranks == one.target_ranks).all()
 
@@ -133,8 +134,12 @@ def test_state_of_a_checkpoint_and_what_is_no_such_thing():
     back = from_state(state)
     assert all((a == b).all() and a.dtype == b.dtype for a, b in zip(back, counts)) and list(without(state)) == ["w"]
     assert from_state({"w": torch.zeros(2)}) is None
-    for name, value in (("offsets", state["transitions.offsets"].flip(0)), ("items", -state["transitions.items"]),
-                        ("affinity", state["transitions.affinity"][1:]), ("affinity", state["transitions.affinity"] * torch.nan)):  # fmt: skip
+    broken = {
+        "offsets": [state["transitions.offsets"].flip(0)],
+        "items": [-state["transitions.items"]],
+        "affinity": [state["transitions.affinity"][1:], state["transitions.affinity"] * torch.nan],
+    }
+    for name, value in ((name, value) for name, values in broken.items() for value in values):
         with pytest.raises(ValueError, match="transitions"):
             from_state(state | {f"transitions.{name}": value})
 
@@ -178,7 +183,8 @@ def test_export_and_stdin_give_the_same_answers(trained):
     done = run_infer("--output", "result.json", cwd=folder, **data | {"MODEL_OUTPUT_PATH": str(folder / "ck/best_model.pt")})
     assert done.status == 0, done.err
     result = json.loads((folder / "result.json").read_text())
-    served = open_served(read_ensemble(folder / "ck/best_model.pt"), folder / "data-eval", "predict", folder / "cache", torch.device("cpu"))
+    model = read_ensemble(folder / "ck/best_model.pt")
+    served = open_served(model, folder / "data-eval", "predict", folder / "cache", torch.device("cpu"))
     assert served.ranker.transition_weight == 1
     requests = requests_of(served.store)
     assert foreign_answers(folder / "out", requests, folder) == result["top10s"]
