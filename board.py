@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import write_text_atomic
+from atomic import write_text_atomic
 from report_samples import describe_item
 from runs import PROJECTOR_FILES
 

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from atomic import temporary_for
 from converters import amazon, movielens, recbole, s3rec
 from converters.raw import RawColumn, RawEvents, RawId, RawSet, RawTable
 from errors import ArgumentParser, UserError, disk_full, run_cli
@@ -299,7 +300,7 @@ def write_folder(out: Path, data: Numbered, items: FeatureTable, users: FeatureT
         "i": {raw: number for number, raw in enumerate(plain_keys(data.items), 1)},
         "f": items.values | users.values,
     }
-    temporary = out.with_name(f".{out.name}.convert-{os.getpid()}")
+    temporary = temporary_for(out)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)

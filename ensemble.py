@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from averaging import mean_state
-from checkpoint import META, MODEL, TEMPORARY, Checkpoint, fits, link, link_or_copy, load_checkpoint, save_checkpoint, write_text_atomic
+from atomic import temporary_for, write_text_atomic
+from checkpoint import META, MODEL, Checkpoint, fits, link, link_or_copy, load_checkpoint, save_checkpoint
 from config import Config
 from dataset import Split
 from errors import UserError
@@ -187,7 +188,7 @@ def write_ensemble(out: Path, paths: Sequence[Path], weights: Sequence[float] = 
     members = [Member(load_checkpoint(path, with_trainer=False), weight) for path, weight in zip(paths, weights)]
     _check_one_index(members)
     _refuse_used(out)
-    unfinished = out.with_name(f"{TEMPORARY}{out.name}-{os.getpid()}")
+    unfinished = temporary_for(out)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         for number, member in enumerate(members):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from checkpoint import TEMPORARY, plain_json, write_text_atomic
+from atomic import temporary_for, write_text_atomic
+from checkpoint import plain_json
 from columns import RaggedColumn
 from ensemble import Member
 from errors import RunError, UserError
@@ -102,7 +103,7 @@ def export(served: Served, out: Path) -> Path:
     kernels.compiled(wait=True)  # its thread imports numba, which must not meet torch.export's stand-ins for the math module
     encoder = UserEncoder(model.cpu(), table.cpu()).eval()  # a graph made on a GPU would ask for one
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{TEMPORARY}{out.name}-{os.getpid()}")
+    unfinished = temporary_for(out)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:

@@ -11,12 +11,12 @@ import numpy as np
 
 import board
 import checkpoint as checkpoints
+from atomic import write_text_atomic
 from baselines import Baselines
 from dataset import generator
 from evaluate import Ranking, baseline_metrics
 from ranks import write_ranks
 from report_data import write_report_data
-from runs import write_text_atomic
 from trainer import Trainer
 
 # Pairs of user and candidate over which the exact ranks of test targets are counted: a minute or so on two cores.

@@ -5,7 +5,6 @@ Must not rank or judge; a file that is missing or broken is no ranks, never an e
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoint import TEMPORARY
-from errors import disk_full
+from atomic import replacing
 
 RANKS = "ranks.npz"
 TOP = 10  # places kept of a ranking
@@ -32,17 +30,9 @@ class Ranks(NamedTuple):
 def write_ranks(folder: Path, user: np.ndarray, rank: np.ndarray, topk_ids: np.ndarray) -> Path:
     """Write folder/ranks.npz whole or not at all. user, rank (U,); topk_ids (U, k >= 1). RunError when the disk is full."""
     path = Path(folder) / RANKS
-    temporary = path.with_name(f"{TEMPORARY}{RANKS}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            best = topk_ids[:MAX_TOP_USERS, :TOP].astype(np.int32)
-            np.savez_compressed(file, user=user.astype(np.int32), rank=rank.astype(np.int32), topk_ids=best)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if known := disk_full(error, path, 16 * len(user)):
-            raise known from None
-        raise
+    with replacing(path, 16 * len(user)) as file:
+        best = topk_ids[:MAX_TOP_USERS, :TOP].astype(np.int32)
+        np.savez_compressed(file, user=user.astype(np.int32), rank=rank.astype(np.int32), topk_ids=best)
     return path
 
 

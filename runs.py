@@ -23,17 +23,15 @@ from typing import IO, Protocol
 import numpy as np
 import torch
 
+from atomic import TEMPORARY, unused, write_text_atomic
 from checkpoint import (
     LINK_NAME,
-    TEMPORARY,
     clean_temporary,
     find_checkpoint,
     list_checkpoints,
     newest_valid,
     plain_json,
     set_aside_newer,
-    unused,
-    write_text_atomic,
 )  # fmt: skip
 from errors import SMALL_FILE_BYTES, RunError, UserError, disk_full
 

@@ -17,6 +17,7 @@ import torch
 from test_checkpoint import content, save
 
 import checkpoint as ck
+from atomic import write_text_atomic
 from errors import RunError
 
 
@@ -145,7 +146,7 @@ def test_crash_at_every_call_of_write_text_atomic(tmp_path, monkeypatch):
     for call in range(1, 10):
         path.write_text("old")
         with crash_at(monkeypatch, call, tmp_path) as count:
-            ck.write_text_atomic(path, "new text")
+            write_text_atomic(path, "new text")
         assert path.read_text() in ("old", "new text")
         if count[0] < call:
             break
@@ -268,7 +269,7 @@ def test_disk_full_at_each_write(tmp_path, monkeypatch):
 def test_file_size_limit_in_a_child(tmp_path):
     """A real limit of the system (EFBIG) at 20 sizes: saves, links and texts end with RunError and leave the old state."""
     save(tmp_path, 10)
-    ck.write_text_atomic(tmp_path / "status.json", "old")
+    write_text_atomic(tmp_path / "status.json", "old")
     old = content(ck.newest_valid(tmp_path))
     size = (tmp_path / ck.checkpoint_name(10, None) / ck.MODEL).stat().st_size
     for limit in [size * n // 20 for n in range(20)]:
@@ -282,7 +283,7 @@ def test_file_size_limit_in_a_child(tmp_path):
                 except RunError:
                     code = 0
                 try:
-                    ck.write_text_atomic(tmp_path / "status.json", "n" * (limit + 1))
+                    write_text_atomic(tmp_path / "status.json", "n" * (limit + 1))
                     code = 2
                 except RunError as error:
                     code += 0 if f"{limit + 1:,} bytes needed" in str(error) else 4

@@ -1,4 +1,4 @@
-"""docs/RELIABILITY.md, row 12: a signal at each named point of a run, one after the other; test_reliability_runs.py sends them at random."""
+"""docs/RELIABILITY.md, row 12: a signal at each named point of a run; test_reliability_runs.py sends them at random."""
 
 from __future__ import annotations
 
