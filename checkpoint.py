@@ -262,9 +262,7 @@ def newest_valid(root: Path, log: Callable[[str], None] = print) -> Path | None:
     """
     for path in reversed(list_checkpoints(root)):
         try:
-            meta = read_meta(path)
-            for name in (MODEL, TRAINER):
-                _verify(path / name, meta["files"][name])
+            verify(path, (MODEL, TRAINER))
             return path
         except ForeignFormatError:
             raise
@@ -355,6 +353,30 @@ def _verify(path: Path, expected: dict) -> None:
     digest = _sha256(path)
     if digest != expected["sha256"]:
         raise UserError(f"{path}: expected sha256 {expected['sha256'][:16]}..., found {digest[:16]}.... {advice}")
+
+
+def verify(folder: Path, names: Iterable[str]) -> dict:
+    """meta.json of a checkpoint folder, after it and the named files were found whole; UserError says what is damaged."""
+    meta = read_meta(folder)
+    for name in names:
+        _verify(Path(folder) / name, meta["files"][name])
+    return meta
+
+
+def evaluated(root: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, dict]]:
+    """The checkpoints under `root` of steps that were evaluated, with whole weights, oldest first, each with its meta.json.
+
+    log: is told each damaged one. One of another format, or that cannot be read for the moment, is an error.
+    """
+    for path in list_checkpoints(root):
+        try:
+            meta = read_meta(path)
+            if meta.get("valid_loss") is not None:
+                yield path, verify(path, (MODEL,))
+        except ForeignFormatError:
+            raise
+        except UserError as error:
+            log(f"damaged checkpoint passed over: {' '.join(str(error).split())}")
 
 
 def read_meta(folder: Path) -> dict:
@@ -512,7 +534,8 @@ def prune(root: Path, keep_last_k: int, keep: Iterable[Path] = ()) -> list[Path]
     if keep_last_k < 0:
         raise ValueError(f"keep_last_k is {keep_last_k}; expected 0 (all) or more")
     root = Path(root)
-    kept = {find_checkpoint(path).resolve() for path in map(Path, keep) if path.exists()}
+    # A folder is kept as it is named: what is damaged in it must not end the run that makes room for its next checkpoint.
+    kept = {(path if path.is_dir() else find_checkpoint(path)).resolve() for path in map(Path, keep) if path.exists()}
     folders = list_checkpoints(root)
     removed = [path for path in folders[: max(len(folders) - keep_last_k, 0) if keep_last_k else 0] if path.resolve() not in kept]
     for path in removed:
@@ -525,15 +548,17 @@ def set_aside_newer(root: Path, step: int, log: Callable[[str], None] = print) -
 
     Left there, a damaged one would count among the newest in prune. Nothing is deleted; `log` is told. Returns the new paths.
     """
-    moved = []
-    for path in [path for path in list_checkpoints(root) if _step(path) > step]:
-        target = unused(path.with_name(SET_ASIDE + path.name.removeprefix(REPLACED)))
-        for name in _links_to(Path(root), path):
-            (Path(root) / name).unlink()
-        os.rename(path, target)
-        log(f"set aside: {path.name} -> {target.name} (remove it when it is of no more use)")
-        moved.append(target)
-    return moved
+    return [set_aside(path, log) for path in list_checkpoints(root) if _step(path) > step]
+
+
+def set_aside(path: Path, log: Callable[[str], None]) -> Path:
+    """Rename a checkpoint to damaged-..., without the links that name it; `log` is told. Returns the new path."""
+    target = unused(path.with_name(SET_ASIDE + path.name.removeprefix(REPLACED)))
+    for name in _links_to(path.parent, path):
+        (path.parent / name).unlink()
+    os.rename(path, target)
+    log(f"set aside: {path.name} -> {target.name} (remove it when it is of no more use)")
+    return target
 
 
 def clean_temporary(root: Path) -> int:
