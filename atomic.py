@@ -32,6 +32,36 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """mkdir -p, durably: what is fsynced in a folder is lost with it where a power cut forgets the folder's own name."""
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        fsync_folder(folder.parent)
+
+
+def put_folder(made: Path, path: Path) -> None:
+    """Rename a finished folder to `path`, where nothing or an empty folder is, after the disk holds all that is in it."""
+    sync_tree(made)
+    os.rename(made, path)
+    fsync_folder(Path(path).parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have the disk hold a folder with all that is in it."""
+    for found in sorted(Path(folder).rglob("*")):
+        if found.is_dir() and not found.is_symlink():
+            fsync_folder(found)
+        elif found.is_file():
+            descriptor = os.open(found, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    fsync_folder(folder)
+
+
 def or_disk_full(error: BaseException, path: Path, bytes_needed: int) -> BaseException:
     """The RunError that explains a full disk, else `error` itself."""
     return (disk_full(error, path, bytes_needed) if isinstance(error, OSError) else None) or error

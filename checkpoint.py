@@ -526,6 +526,7 @@ def _remove_folder(root: Path, folder: Path) -> None:
     doomed = root / f"{TEMPORARY}removed-{folder.name}-{os.getpid()}"
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
+    fsync_folder(root)  # else a power cut may forget the new name and not what was removed under it
     shutil.rmtree(doomed)
 
 

@@ -17,7 +17,6 @@ Legend: B users, C candidates, D width of a member.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from averaging import mean_state
-from atomic import temporary_for, write_text_atomic
+from atomic import put_folder, temporary_for, write_text_atomic
 from checkpoint import META, MODEL, Checkpoint, fits, link, link_or_copy, load_checkpoint, save_checkpoint
 from config import Config
 from dataset import Split
@@ -199,7 +198,7 @@ def write_ensemble(out: Path, paths: Sequence[Path], weights: Sequence[float] = 
         rows = [{"member": number, "weight": member.weight, "from": str(member.path)} for number, member in enumerate(members)]
         tree = {"format_version": FORMAT_VERSION, "scores": scores, "members": rows}
         write_text_atomic(unfinished / ENSEMBLE, json.dumps(tree, indent=1) + "\n")
-        os.rename(unfinished, out)
+        put_folder(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out

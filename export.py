@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from atomic import temporary_for, write_text_atomic
+from atomic import put_folder, temporary_for, write_text_atomic
 from checkpoint import plain_json
 from columns import RaggedColumn
 from ensemble import Member
@@ -117,7 +117,7 @@ def export(served: Served, out: Path) -> Path:
         write_text_atomic(unfinished / CARD, json.dumps(card(served, member, fields, tensors, unfinished), indent=1) + "\n")
         if out.exists():
             out.rmdir()
-        os.rename(unfinished, out)
+        put_folder(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out

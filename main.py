@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import checkpoint as checkpoints
-from atomic import sweep, temporary_for
+from atomic import put_folder, sweep, temporary_for
 from board import write_start
 from compatibility import check_compatible, check_items
 from config import Config, warnings_for, with_values
@@ -314,7 +314,7 @@ def with_demo_data(config: Config, folder: Path = DEMO_FOLDER) -> Config:
         unfinished = temporary_for(folder)
         generate(unfinished, layout="jsonl", **DEMO)
         try:
-            unfinished.rename(folder)
+            put_folder(unfinished, folder)
         except OSError:  # another process was first
             shutil.rmtree(unfinished)
     return replace(config, paths=replace(config.paths, data_path=str(folder)))

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from atomic import temporary_for
+from atomic import put_folder, temporary_for
 from errors import ArgumentParser, RunError, UserError, disk_full, run_cli
 from planted import CHUNK, MIN_WINDOW, USER_MULTI, USER_SINGLE, build_world, ceiling, choose_candidates, chunks, make_cold, sample_users
 from planted_features import VECTOR_INNER, cardinalities, embedding_pieces, item_features
@@ -122,7 +122,7 @@ def generate(out: str | Path, users: int, items: int, layout: str, predict: int 
         for draft, path in zip(drafts, targets, strict=True):
             if path.exists():
                 shutil.rmtree(path)
-            draft.rename(path)
+            put_folder(draft, path)
     except OSError as error:
         raise disk_full(error, out) or error from None
     finally:

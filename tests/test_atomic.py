@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_checkpoint_crashes import LOSSES, Crash, crash_at
 
 import infer
 import main
 import ranks
-from atomic import replacing, sweep, temporary_for, unused, write_text_atomic
+from atomic import make_folder, put_folder, replacing, sweep, temporary_for, unused, write_text_atomic
 from config import Config
 from errors import RunError
 from machine import scratch_near
@@ -143,3 +144,39 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["infer.py", "--output", str(output)])
     infer.main()
     assert json.loads(output.read_text())["user"] == ["user_1"] and "1 users answered" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loses", LOSSES)
+def test_a_power_cut_leaves_a_finished_folder_or_none(tmp_path, monkeypatch, loses):
+    """At every call: exports, ensembles and synthetic data are put in place by this."""
+    call, seen = 0, set()
+    while True:
+        call, finished = call + 1, False
+        root = tmp_path / f"r{call}"
+        root.mkdir()
+        with crash_at(monkeypatch, call, root, loses):
+            made = root / ".tmp-out-1"
+            os.mkdir(made)
+            os.mkdir(made / "part")
+            for name in ("card.json", "part/data"):
+                with open(made / name, "w") as file:
+                    file.write("content of some length")
+            put_folder(made, root / "out")
+            finished = True
+        found = {str(p.relative_to(root / "out")): p.read_text() for p in (root / "out").rglob("*") if p.is_file()}
+        assert found == {name: "content of some length" for name in ("card.json", "part/data")} if (root / "out").exists() else not found
+        seen.add((root / "out").exists())
+        if finished:
+            break
+    assert seen == {True, False} and call > 7
+
+
+def test_a_power_cut_does_not_forget_the_folder_that_a_checkpoint_lies_in(tmp_path, monkeypatch):
+    """make_folder: what lies in a new folder, written and fsynced, stays when all names that were not fsynced are forgotten."""
+    root = tmp_path / "root"
+    root.mkdir()
+    with crash_at(monkeypatch, 10_000, root, "all names") as _:
+        make_folder(root / "a/b/c")
+        write_text_atomic(root / "a/b/c/status.json", "kept")
+        raise Crash
+    assert (root / "a/b/c/status.json").read_text() == "kept"
