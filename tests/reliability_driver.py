@@ -3,9 +3,9 @@
 In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); descriptors (file, how many are open);
 signal, with after (seconds from the first step), at_start (seconds from the fork) or in_save (see kill_in_save); crash (the run's n-th
 call that changes the disk, store and logs included; 0 = none) with lose (folders where what was not fsynced by then is cut in half, as a
-power cut may leave it), names ("all" or "some" that were not fsynced are forgotten too, see power_cut.py) and calls (file, takes the name of each such call and each finished save); limit (bytes that a file may have),
-from_save (only from the n-th save on). Out: status (of waitpid, negative for a signal), seconds from the first step to the end,
-exit_seconds from the signal to it.
+power cut may leave it), names ("all" or "some" of the names that were not fsynced are forgotten too, see power_cut.py) and calls (file,
+takes the name of each such call and each finished save); limit (bytes that a file may have), from_save (only from the n-th save on). Out:
+status (of waitpid, negative for a signal), seconds from the first step to the end, exit_seconds from the signal to it.
 """
 
 import builtins
