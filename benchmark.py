@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from atomic import TEMPORARY, sweep
 from benchmark_parts import PARTS, QUICK, Benchmark, Sizes
 from errors import ArgumentParser, UserError, run_cli
 
@@ -208,7 +210,8 @@ def main(flags: argparse.Namespace) -> None:
         raise UserError(f"--cache {cache}: cannot be made: {error.strerror}. Give a writable folder.") from None
     signal.signal(signal.SIGTERM, _terminated)
     # Checkpoints of gigabytes go there, so not into /tmp, which may be memory.
-    with tempfile.TemporaryDirectory(prefix="work-", dir=cache) as work:
+    sweep(cache, r"work-\w+")  # of a benchmark that was killed
+    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}work-", suffix=f"-{os.getpid()}", dir=cache) as work:
         run = Benchmark(flags, sizes, Path(work))
         try:
             run.run()

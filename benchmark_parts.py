@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from atomic import write_text_atomic
 from benchmark_process import SAMPLE_SECONDS, Process, memory_of
 from errors import EXIT_USER_MISTAKE, RunError, UserError
 
@@ -128,10 +129,7 @@ class Benchmark:
 
     def write_json(self) -> None:
         if self.flags.json:
-            path = Path(self.flags.json)
-            draft = path.with_name(f".{path.name}-{os.getpid()}")
-            draft.write_text(json.dumps(self.results | {"notes": self.notes}, indent=1) + "\n", encoding="utf-8")
-            draft.replace(path)
+            write_text_atomic(Path(self.flags.json), json.dumps(self.results | {"notes": self.notes}, indent=1) + "\n")
 
     def order(self, kind: str, name: str = "", **more: object) -> dict:
         """What a child is told at its start."""

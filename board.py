@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from atomic import write_text_atomic
 from charts import Value
-from checkpoint import write_text_atomic
 from pictures import level_bars, upright_bars
 from report_samples import describe_item
 from runs import PROJECTOR_FILES

@@ -1,6 +1,6 @@
 """Checkpoints on disk: written so that a crash at any moment leaves the old or the new one, verified before they are read.
 
-Must not know models, optimisers or settings: it stores tensors and plain values, and holds the one helper for atomic files.
+Must not know models, optimisers or settings: it stores tensors and plain values.
 One process writes to a folder of checkpoints at a time (runs.py sees to it); any number may read.
 """
 
@@ -15,18 +15,18 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from errors import ForeignFormatError, RunError, UserError, disk_full
+from atomic import TEMPORARY, fsync_folder, or_disk_full, unused
+from errors import ForeignFormatError, RunError, UserError
 
 FORMAT_VERSION = 2
 MODEL, TRAINER, META = "model.pt", "trainer.pt", "meta.json"
-TEMPORARY, REPLACED, SET_ASIDE = ".tmp-", ".old-", "damaged-"
+REPLACED, SET_ASIDE = ".old-", "damaged-"
 LINK_NAME = re.compile(r"(best_model|checkpoint_epoch_\d+)\.pt")  # other .pt files in the folder are the user's
 _NAME = re.compile(r"global_step(\d+)(?:\.valid_loss=.*)?")
 _SEAL = re.compile(rb'"meta_sha256": "([0-9a-f]{64})"\n}\n\Z')
@@ -41,46 +41,6 @@ class Checkpoint(NamedTuple):
     model_state: dict[str, Tensor]
     trainer_state: dict | None
     meta: dict
-
-
-# ---- atomic files -------------------------------------------------------------------------------------------------------
-
-
-def fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable. Some network file systems refuse this for folders; there it is left out."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write a whole text file (UTF-8) so that a reader, or a crash, sees the old or the new content and nothing between.
-
-    RunError when the disk is full; the old content is whole then.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
-    data = text.encode("utf-8")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        raise _or_disk_full(error, path, len(data)) from None
-
-
-def unused(path: Path) -> Path:
-    """The path, or the first with a number from 2 behind it that does not exist."""
-    return next(free for free in chain((path,), (path.with_name(f"{path.name}-{n}") for n in count(2))) if not free.exists())
 
 
 def plain_json(value: Any) -> Any:
@@ -101,11 +61,6 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"JSON cannot hold a {type(value).__name__}: {value!r:.80}")
-
-
-def _or_disk_full(error: BaseException, path: Path, bytes_needed: int) -> BaseException:
-    """The RunError that explains a full disk, else `error` itself."""
-    return (disk_full(error, path, bytes_needed) if isinstance(error, OSError) else None) or error
 
 
 # ---- saving -------------------------------------------------------------------------------------------------------------
@@ -234,7 +189,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # what fails here is finished by the next save or start
             _finish_replacements(root)
-        raise _or_disk_full(error, final, _num_bytes(parts)) from None
+        raise or_disk_full(error, final, _num_bytes(parts)) from None
     return final
 
 
@@ -307,9 +262,7 @@ def newest_valid(root: Path, log: Callable[[str], None] = print) -> Path | None:
     """
     for path in reversed(list_checkpoints(root)):
         try:
-            meta = read_meta(path)
-            for name in (MODEL, TRAINER):
-                _verify(path / name, meta["files"][name])
+            verify(path, (MODEL, TRAINER))
             return path
         except ForeignFormatError:
             raise
@@ -400,6 +353,30 @@ def _verify(path: Path, expected: dict) -> None:
     digest = _sha256(path)
     if digest != expected["sha256"]:
         raise UserError(f"{path}: expected sha256 {expected['sha256'][:16]}..., found {digest[:16]}.... {advice}")
+
+
+def verify(folder: Path, names: Iterable[str]) -> dict:
+    """meta.json of a checkpoint folder, after it and the named files were found whole; UserError says what is damaged."""
+    meta = read_meta(folder)
+    for name in names:
+        _verify(Path(folder) / name, meta["files"][name])
+    return meta
+
+
+def evaluated(root: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, dict]]:
+    """The checkpoints under `root` of steps that were evaluated, with whole weights, oldest first, each with its meta.json.
+
+    log: is told each damaged one. One of another format, or that cannot be read for the moment, is an error.
+    """
+    for path in list_checkpoints(root):
+        try:
+            meta = read_meta(path)
+            if meta.get("valid_loss") is not None:
+                yield path, verify(path, (MODEL,))
+        except ForeignFormatError:
+            raise
+        except UserError as error:
+            log(f"damaged checkpoint passed over: {' '.join(str(error).split())}")
 
 
 def read_meta(folder: Path) -> dict:
@@ -500,7 +477,7 @@ def link(root: Path, name: str, checkpoint: Path) -> Path:
         os.rename(temporary, final)
         fsync_folder(final.parent)
     except BaseException as error:
-        raise _or_disk_full(error, final, target.stat().st_size) from None
+        raise or_disk_full(error, final, target.stat().st_size) from None
     finally:
         temporary.unlink(missing_ok=True)  # rename does nothing where both names are one file already
     return final
@@ -549,6 +526,7 @@ def _remove_folder(root: Path, folder: Path) -> None:
     doomed = root / f"{TEMPORARY}removed-{folder.name}-{os.getpid()}"
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
+    fsync_folder(root)  # else a power cut may forget the new name and not what was removed under it
     shutil.rmtree(doomed)
 
 
@@ -557,7 +535,8 @@ def prune(root: Path, keep_last_k: int, keep: Iterable[Path] = ()) -> list[Path]
     if keep_last_k < 0:
         raise ValueError(f"keep_last_k is {keep_last_k}; expected 0 (all) or more")
     root = Path(root)
-    kept = {find_checkpoint(path).resolve() for path in map(Path, keep) if path.exists()}
+    # A folder is kept as it is named: what is damaged in it must not end the run that makes room for its next checkpoint.
+    kept = {(path if path.is_dir() else find_checkpoint(path)).resolve() for path in map(Path, keep) if path.exists()}
     folders = list_checkpoints(root)
     removed = [path for path in folders[: max(len(folders) - keep_last_k, 0) if keep_last_k else 0] if path.resolve() not in kept]
     for path in removed:
@@ -570,15 +549,17 @@ def set_aside_newer(root: Path, step: int, log: Callable[[str], None] = print) -
 
     Left there, a damaged one would count among the newest in prune. Nothing is deleted; `log` is told. Returns the new paths.
     """
-    moved = []
-    for path in [path for path in list_checkpoints(root) if _step(path) > step]:
-        target = unused(path.with_name(SET_ASIDE + path.name.removeprefix(REPLACED)))
-        for name in _links_to(Path(root), path):
-            (Path(root) / name).unlink()
-        os.rename(path, target)
-        log(f"set aside: {path.name} -> {target.name} (remove it when it is of no more use)")
-        moved.append(target)
-    return moved
+    return [set_aside(path, log) for path in list_checkpoints(root) if _step(path) > step]
+
+
+def set_aside(path: Path, log: Callable[[str], None]) -> Path:
+    """Rename a checkpoint to damaged-..., without the links that name it; `log` is told. Returns the new path."""
+    target = unused(path.with_name(SET_ASIDE + path.name.removeprefix(REPLACED)))
+    for name in _links_to(path.parent, path):
+        (path.parent / name).unlink()
+    os.rename(path, target)
+    log(f"set aside: {path.name} -> {target.name} (remove it when it is of no more use)")
+    return target
 
 
 def clean_temporary(root: Path) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from atomic import fsync_folder, sync_tree, temporary_for
 from converters import amazon, movielens, recbole, s3rec
 from converters.raw import RawColumn, RawEvents, RawId, RawSet, RawTable
 from errors import ArgumentParser, UserError, disk_full, run_cli
@@ -299,7 +300,7 @@ def write_folder(out: Path, data: Numbered, items: FeatureTable, users: FeatureT
         "i": {raw: number for number, raw in enumerate(plain_keys(data.items), 1)},
         "f": items.values | users.values,
     }
-    temporary = out.with_name(f".{out.name}.convert-{os.getpid()}")
+    temporary = temporary_for(out)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -309,12 +310,14 @@ def write_folder(out: Path, data: Numbered, items: FeatureTable, users: FeatureT
         with open(temporary / "indexer.pkl", "wb") as file:
             pickle.dump(indexer, file, protocol=4)
         (temporary / "schema.json").write_text(json.dumps(schema.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync_tree(temporary)
         out.mkdir(parents=True, exist_ok=True)
         for name in WRITTEN:
             old = out / name
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
             os.replace(temporary / name, old)
+        fsync_folder(out)
     except OSError as error:
         raise disk_full(error, out) or error from None
     finally:

@@ -379,7 +379,7 @@ def uniform_negatives(
         todo = todo[history[place] == keys]
         if not len(todo):
             break
-    return drawn.reshape(-1, num_negatives)
+    return drawn.reshape(len(position), num_negatives)
 
 
 def training_item_counts(store, split: Split) -> np.ndarray:

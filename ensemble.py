@@ -17,7 +17,6 @@ Legend: B users, C candidates, D width of a member.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,8 @@ import torch
 from torch import Tensor
 
 from averaging import mean_state
-from checkpoint import META, MODEL, TEMPORARY, Checkpoint, fits, link, link_or_copy, load_checkpoint, save_checkpoint, write_text_atomic
+from atomic import put_folder, temporary_for, write_text_atomic
+from checkpoint import META, MODEL, Checkpoint, fits, link, link_or_copy, load_checkpoint, save_checkpoint
 from config import Config
 from dataset import Split
 from errors import UserError
@@ -198,7 +198,7 @@ def write_ensemble(out: Path, paths: Sequence[Path], weights: Sequence[float] = 
     members = [Member(load_checkpoint(path, with_trainer=False), weight) for path, weight in zip(paths, weights)]
     _check_one_index(members)
     _refuse_used(out)
-    unfinished = out.with_name(f"{TEMPORARY}{out.name}-{os.getpid()}")
+    unfinished = temporary_for(out)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         for number, member in enumerate(members):
@@ -209,7 +209,7 @@ def write_ensemble(out: Path, paths: Sequence[Path], weights: Sequence[float] = 
         rows = [{"member": number, "weight": member.weight, "from": str(member.path)} for number, member in enumerate(members)]
         tree = {"format_version": FORMAT_VERSION, "scores": scores, "members": rows}
         write_text_atomic(unfinished / ENSEMBLE, json.dumps(tree, indent=1) + "\n")
-        os.rename(unfinished, out)
+        put_folder(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines import Baselines
+from candidates import read_candidates
 from columns import ragged_places
 from dataset import BatchBuilder, Split, generator, prefetch
 from errors import UserError
@@ -72,6 +74,20 @@ def without_cold(candidate_ids: np.ndarray, columns: FeatureColumns) -> np.ndarr
     if not len(kept):
         raise UserError(f"eval.cold_candidates drop: none of the {len(candidate_ids):,} candidates was in training. Use rank or penalty.")
     return kept
+
+
+def candidate_ids(given: str, store) -> tuple[np.ndarray, int]:
+    """(Items to rank, how many of a file's the store does not know). given: eval.candidates, all or a path."""
+    if given == "all":
+        return np.arange(1, store.num_items + 1), 0
+    table = read_candidates(Path(given), store.schema)
+    ids = store.item_ids_of(table.creative_ids)
+    if not (ids > 0).any():
+        raise UserError(
+            f"eval.candidates {given}: none of its {len(ids):,} creative ids is in the data's indexer.\n"
+            "Give the candidates of this data set, or all."
+        )
+    return np.unique(ids[ids > 0]), int((ids == 0).sum())
 
 
 def wanted_actions(name: str, store, split: Split) -> np.ndarray:

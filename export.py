@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from checkpoint import TEMPORARY, plain_json, write_text_atomic
+from atomic import put_folder, temporary_for, write_text_atomic
+from checkpoint import plain_json
 from columns import RaggedColumn
 from ensemble import Member
 from errors import RunError, UserError
@@ -103,7 +104,7 @@ def export(served: Served, out: Path) -> Path:
     kernels.compiled(wait=True)  # its thread imports numba, which must not meet torch.export's stand-ins for the math module
     encoder = UserEncoder(model.cpu(), table.cpu()).eval()  # a graph made on a GPU would ask for one
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{TEMPORARY}{out.name}-{os.getpid()}")
+    unfinished = temporary_for(out)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
@@ -117,7 +118,7 @@ def export(served: Served, out: Path) -> Path:
         write_text_atomic(unfinished / CARD, json.dumps(card(served, member, fields, tensors, unfinished), indent=1) + "\n")
         if out.exists():
             out.rmdir()
-        os.rename(unfinished, out)
+        put_folder(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out

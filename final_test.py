@@ -11,12 +11,13 @@ import numpy as np
 
 import board
 import checkpoint as checkpoints
+from atomic import write_text_atomic
 from baselines import Baselines
 from dataset import generator
+from errors import RunError, UserError
 from evaluate import Ranking, baseline_results
 from ranks import write_ranks
 from report_data import write_report_data
-from runs import write_text_atomic
 from trainer import Trainer
 
 # Pairs of user and candidate over which the exact ranks of test targets are counted: a minute or so on two cores.
@@ -25,8 +26,18 @@ RANKED_KEY = 5  # first word of a generator's key
 
 
 def run_test(trainer: Trainer) -> dict:
-    """Load the run's best checkpoint, evaluate it on the test split beside the baselines, and write metrics.json; returns its content."""
-    best = checkpoints.load_checkpoint(trainer.run.checkpoint_dir / trainer.best_name, with_trainer=False)
+    """Load the run's best checkpoint, evaluate it on the test split beside the baselines, and write metrics.json; returns its content.
+
+    Where that checkpoint is damaged or gone, the best that is left takes its place, with a warning.
+    """
+    root = trainer.run.checkpoint_dir
+    try:
+        best = checkpoints.load_checkpoint(root / trainer.best_name, with_trainer=False)
+    except UserError as error:
+        trainer.replace_best(error)
+        if not trainer.best_name:
+            raise RunError(f"{root}: no evaluated checkpoint is whole: nothing to test. --resume evaluates anew.") from error
+        best = checkpoints.load_checkpoint(root / trainer.best_name, with_trainer=False)
     trainer.load_weights(best.model_state)
     return write_test_metrics(trainer, best)
 

@@ -20,6 +20,7 @@ from typing import TextIO
 import numpy as np
 import torch
 
+from atomic import replacing, write_text_atomic
 from dataset import predict_split
 from ensemble import ENSEMBLE, Ensemble, read_ensemble
 from errors import ArgumentParser, UserError, forget_stdout, run_cli
@@ -132,12 +133,11 @@ def write_baseline_files(folder: Path, store, ranker: Ranker, ranking: Ranking) 
     retrieval = np.asarray(store.retrieval_ids, dtype=np.uint64)[ranked]
     _write_matrix(folder / "id.u64bin", retrieval[:, None])
     creatives = creative_ids(store, items[:, None])
-    text = json.dumps({str(r): c[0] for r, c in zip(retrieval.tolist(), creatives)})
-    (folder / "retrive_id2creative_id.json").write_text(text, encoding="utf-8")
+    write_text_atomic(folder / "retrive_id2creative_id.json", json.dumps({str(r): c[0] for r, c in zip(retrieval.tolist(), creatives)}))
 
 
 def _write_matrix(path: Path, matrix: np.ndarray) -> None:
-    with open(path, "wb") as file:
+    with replacing(path, 8 + matrix.nbytes) as file:
         file.write(np.array(matrix.shape, dtype=np.uint32).tobytes())
         file.write(np.ascontiguousarray(matrix).tobytes())
 
@@ -227,7 +227,7 @@ def main() -> None:
     top10s, users = infer()
     output.parent.mkdir(parents=True, exist_ok=True)
     seconds = time.time() - started
-    output.write_text(json.dumps({"time": seconds, "top10s": top10s, "user": users}), encoding="utf-8")
+    write_text_atomic(output, json.dumps({"time": seconds, "top10s": top10s, "user": users}))
     print(f"{len(users):,} users answered in {seconds:.1f} s: {output}")
 
 

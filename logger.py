@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from checkpoint import plain_json
-from errors import RunError, disk_full
+from errors import SMALL_FILE_BYTES, RunError, disk_full
 
 _TRAIN_TAGS = {
     "loss": "Loss/train", "lr": "train/lr", "grad_norm": "train/grad_norm", "users_per_s": "perf/users_per_s",
@@ -374,7 +374,7 @@ class RunLogger:
             self._ran_before = run_seconds(path) or 0.0
             self._file = open(path, "ab", buffering=0)  # one write a line: a killed run leaves whole lines
         except OSError as error:
-            self._give_up("train.log", error, path)
+            self._give_up("train.log", error, path, SMALL_FILE_BYTES)
             return
         if cut:
             self.say(f"{path}: cut an unfinished last line of {cut} bytes")
@@ -390,7 +390,7 @@ class RunLogger:
                 written += self._file.write(data[written:])
         except OSError as error:
             path, self._file = self._file.name, self._close_cut(self._file, written)
-            self._give_up("train.log", error, path)
+            self._give_up("train.log", error, path, len(data))
 
     @staticmethod
     def _close_cut(file: BinaryIO, num_bytes: int) -> None:
@@ -429,10 +429,10 @@ class RunLogger:
 
     def _stop_tensorboard(self, error: OSError) -> None:
         path, self._tensorboard_dir, self._writer = self._tensorboard_dir, None, None
-        self._give_up("TensorBoard", error, path)
+        self._give_up("TensorBoard", error, path, SMALL_FILE_BYTES)  # at least: how much its thread still holds is not to be known
 
-    def _give_up(self, what: str, error: OSError, path: object) -> None:
-        reason = str(disk_full(error, path) or f"{path}: {error.strerror or error}").splitlines()[0]
+    def _give_up(self, what: str, error: OSError, path: object, bytes_needed: int) -> None:
+        reason = str(disk_full(error, path, bytes_needed) or f"{path}: {error.strerror or error}").splitlines()[0]
         self.warn_once(f"{what} ends here and the run goes on without it: {reason}")
 
     def sync(self) -> None:
@@ -442,7 +442,7 @@ class RunLogger:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 path, self._file = self._file.name, self._close_cut(self._file, 0)
-                self._give_up("train.log", error, path)
+                self._give_up("train.log", error, path, SMALL_FILE_BYTES)
 
     def flush(self) -> None:
         """Bring TensorBoard's events to the disk (train.log is written line by line)."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from atomic import TEMPORARY, sweep
 from footprint import anonymous_bytes
 
 
@@ -68,9 +69,14 @@ def nearest_folder(path: Path) -> Path:
 
 
 def scratch_near(path: Path) -> Path:
-    """A new folder for files that the caller removes, on the disk of `path` where that can be written, else the system's."""
+    """A new folder for files that the caller removes, on the disk of `path` where that can be written, else the system's.
+
+    One that a killed process could not remove goes first.
+    """
     there = nearest_folder(path)
-    return Path(tempfile.mkdtemp(prefix="scratch-", dir=there if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else None))
+    folder = there if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    sweep(folder, r"scratch-\w+")
+    return Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}scratch-", suffix=f"-{os.getpid()}", dir=folder))
 
 
 def _fields(path: Path) -> dict[str, int]:

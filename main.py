@@ -12,6 +12,7 @@ python main.py --inference_only --state_dict_path checkpoints/RUN/best_model.pt
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 import checkpoint as checkpoints
+from atomic import put_folder, sweep, temporary_for
 from board import write_start
 from compatibility import check_compatible, check_items
 from config import Config, warnings_for, with_values
@@ -310,14 +312,15 @@ def with_demo_data(config: Config, folder: Path = DEMO_FOLDER) -> Config:
                 "(--data_path, TRAIN_DATA_PATH or config.yaml); leave it empty for demo data."
             )
         return config
+    sweep(folder.parent, re.escape(folder.name))
     if not folder.exists():
         from synthetic import generate  # only where demo data must be made
 
         print(f"no data path given: making demo data in {folder}/ ({DEMO['users']:,} users)", flush=True)
-        unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
+        unfinished = temporary_for(folder)
         generate(unfinished, layout="jsonl", **DEMO)
         try:
-            unfinished.rename(folder)
+            put_folder(unfinished, folder)
         except OSError:  # another process was first
             shutil.rmtree(unfinished)
     return replace(config, paths=replace(config.paths, data_path=str(folder)))

@@ -7,7 +7,6 @@ Must not rank or judge; a file that is missing or broken is no ranks, never an e
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,8 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoint import TEMPORARY
-from errors import disk_full
+from atomic import replacing
 
 RANKS = "ranks.npz"
 TOP = 10  # places kept of a ranking
@@ -38,18 +36,10 @@ class Ranks(NamedTuple):
 def write_ranks(folder: Path, user: np.ndarray, rank: np.ndarray, topk_ids: np.ndarray, baselines: Mapping[str, np.ndarray]) -> Path:
     """Write folder/ranks.npz whole or not at all. user, rank (U,); topk_ids (U, k >= 1); baselines as in Ranks. RunError: disk full."""
     path = Path(folder) / RANKS
-    temporary = path.with_name(f"{TEMPORARY}{RANKS}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            best = topk_ids[:MAX_TOP_USERS, :TOP].astype(np.int32)
-            places = {BASELINE + name: place.astype(np.int32) for name, place in baselines.items()}
-            np.savez_compressed(file, user=user.astype(np.int32), rank=rank.astype(np.int32), topk_ids=best, **places)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if known := disk_full(error, path, 16 * len(user)):
-            raise known from None
-        raise
+    with replacing(path, 16 * len(user)) as file:
+        best = topk_ids[:MAX_TOP_USERS, :TOP].astype(np.int32)
+        places = {BASELINE + name: place.astype(np.int32) for name, place in baselines.items()}
+        np.savez_compressed(file, user=user.astype(np.int32), rank=rank.astype(np.int32), topk_ids=best, **places)
     return path
 
 

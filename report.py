@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from checkpoint import write_text_atomic
+from atomic import write_text_atomic
 from errors import ArgumentParser, UserError, run_cli
 from logger import format_table
 from report_compare import compare_section

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import plain_json, write_text_atomic
+from atomic import write_text_atomic
+from checkpoint import plain_json
 from columns import ragged_places
 from dataset import Splits, generator
 from evaluate import Ranking

@@ -23,17 +23,15 @@ from typing import IO, Protocol
 import numpy as np
 import torch
 
+from atomic import TEMPORARY, make_folder, unused, write_text_atomic
 from checkpoint import (
     LINK_NAME,
-    TEMPORARY,
     clean_temporary,
     find_checkpoint,
     list_checkpoints,
     newest_valid,
     plain_json,
     set_aside_newer,
-    unused,
-    write_text_atomic,
 )  # fmt: skip
 from errors import SMALL_FILE_BYTES, RunError, UserError, disk_full
 
@@ -204,7 +202,7 @@ def _new_folders(paths: Paths, name: str, base: Path) -> RunPaths:
 
 def _make_folder(path: Path, key: str) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be made: {error.strerror}. Point {key} at a folder that can be written.") from None
     if not os.access(path, os.W_OK | os.X_OK):

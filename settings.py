@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from atomic import write_text_atomic
 from config import ALIASES, GROUPS, KEYS, Config, Given, Row, Rows, keys_of, place, resolve
 from errors import UserError
 from setting_keys import KINDS, Key, Unfit, nearest, setting, show
@@ -246,9 +247,7 @@ def write_config(parsed: ParsedArguments) -> Path:
     text = dump_yaml(parsed.config)
     if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
         shutil.copy2(path, f"{path}.bak")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text_atomic(path, text)
     return path
 
 

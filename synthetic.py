@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from atomic import put_folder, temporary_for
 from errors import ArgumentParser, RunError, UserError, disk_full, run_cli
 from planted import CHUNK, MIN_WINDOW, USER_MULTI, USER_SINGLE, build_world, ceiling, choose_candidates, chunks, make_cold, sample_users
 from planted_features import VECTOR_INNER, cardinalities, embedding_pieces, item_features
@@ -113,7 +114,7 @@ def generate(out: str | Path, users: int, items: int, layout: str, predict: int 
     targets = [out] + ([out.with_name(out.name + "-eval")] if predict else [])
     for path in targets:
         _check_free(path, overwrite)
-    drafts = [path.with_name(f".{path.name}-{os.getpid()}") for path in targets]
+    drafts = [temporary_for(path) for path in targets]
     try:
         for draft in drafts:
             draft.mkdir(parents=True)
@@ -121,7 +122,7 @@ def generate(out: str | Path, users: int, items: int, layout: str, predict: int 
         for draft, path in zip(drafts, targets, strict=True):
             if path.exists():
                 shutil.rmtree(path)
-            draft.rename(path)
+            put_folder(draft, path)
     except OSError as error:
         raise disk_full(error, out) or error from None
     finally:

@@ -22,13 +22,12 @@ from torch import Tensor
 
 import board
 import checkpoint as checkpoints
-from candidates import read_candidates
 from compatibility import changed_since, check_compatible
 from config import Config
 from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
 from embedding import Touched
-from errors import RunError, Terminated, UserError
-from evaluate import Ranker, Ranking, move, split_metrics, trained_items, wanted_actions, without_cold
+from errors import ForeignFormatError, RunError, Terminated, UserError
+from evaluate import Ranker, Ranking, candidate_ids, move, split_metrics, trained_items, wanted_actions, without_cold
 from experts import take_usage
 from features import FeatureColumns, FeatureInputs, TableLayout, dropped_ids, known_items_digest
 from logger import RunLogger
@@ -61,20 +60,6 @@ def build_model(config: Config, layout: TableLayout, schema, embeddings: tuple[s
     if config.training.compile:
         model.backbone.compile(dynamic=True)  # in place: the names of the weights stay
     return model
-
-
-def candidate_ids(config: Config, store) -> tuple[np.ndarray, int]:
-    """Items to rank: all of the store, or those of eval.candidates that the store knows; and how many of the file it does not know."""
-    if config.eval.candidates == "all":
-        return np.arange(1, store.num_items + 1), 0
-    table = read_candidates(Path(config.eval.candidates), store.schema)
-    ids = store.item_ids_of(table.creative_ids)
-    if not (ids > 0).any():
-        raise UserError(
-            f"eval.candidates {config.eval.candidates}: none of its {len(ids):,} creative ids is in the data's indexer.\n"
-            "Give the candidates of this data set, or all."
-        )
-    return np.unique(ids[ids > 0]), int((ids == 0).sum())
 
 
 class _Share(NamedTuple):
@@ -111,7 +96,7 @@ class Trainer:
             splits.train, training.batch_size, config.system.seed, config.model.max_seq_length, config.data.length_buckets
         )
         self.scaler = LossScaler(training.precision == "fp16")
-        self.candidates, self.num_cold_candidates = candidate_ids(config, store)
+        self.candidates, self.num_cold_candidates = candidate_ids(config.eval.candidates, store)
         if self.num_cold_candidates:
             logger.say(
                 f"candidates: {len(self.candidates):,} are ranked; {self.num_cold_candidates:,} are unknown in training and left out"
@@ -522,13 +507,44 @@ class Trainer:
             self.logger.warn_once(line)
         with checkpoints.fits(path):
             self._restore(loaded.model_state, loaded.trainer_state)
-        best = self.run.checkpoint_dir / self.best_name
-        if self.best_name and best.is_dir():
-            checkpoints.link(self.run.checkpoint_dir, "best_model.pt", best)  # a kill between a save and its link left the old one
-        else:  # going on in another run's folder: the next evaluation is the best so far
-            self.best_value, self.best_name, self.evaluations_since_best, self.evaluated_step = math.nan, "", 0, -1
         self._valid_metrics = loaded.meta["metrics"]
         self.logger.say(f"resumed at step {self.step} from {path}")
+        root = self.run.checkpoint_dir
+        if not self.best_name or path.resolve().parent != root.resolve():  # going on in another run's folder
+            self._forget_best()
+            return
+        try:
+            if self.best_name != path.name:  # else it has just been read
+                checkpoints.verify(root / self.best_name, (checkpoints.MODEL,))
+            checkpoints.link(root, "best_model.pt", root / self.best_name)  # a kill between a save and its link left the old one
+        except UserError as error:
+            self.replace_best(error)
+
+    def _forget_best(self) -> None:
+        """The next evaluation, which is due now, is the best so far."""
+        self.best_value, self.best_name, self.evaluations_since_best, self.evaluated_step = math.nan, "", 0, -1
+
+    def replace_best(self, reason: UserError) -> None:
+        """The best checkpoint is damaged or gone: warn, and take the best of those left that are whole and were evaluated.
+
+        It is set aside, not deleted; the patience counts on. Without another the next evaluation is the best so far.
+        """
+        if isinstance(reason, ForeignFormatError):
+            raise reason
+        root, metric, lost = self.run.checkpoint_dir, self.config.eval.best_metric, self.best_name
+        if lost and (root / lost).is_dir():
+            checkpoints.set_aside(root / lost, self.logger.say)
+        left = {path.name: meta["metrics"].get(metric) for path, meta in checkpoints.evaluated(root, self.logger.say)}
+        values = {name: value if metric not in LOWER_IS_BETTER else -value for name, value in left.items() if value is not None}
+        what = "none that was evaluated is left: the next evaluation is the best so far"
+        if values:
+            self.best_name = max(values, key=values.__getitem__)  # of equals the earliest, as in a run
+            self.best_value = left[self.best_name]
+            checkpoints.link(root, "best_model.pt", root / self.best_name)
+            what = f"the best that is left is {self.best_name}, {metric} {self.best_value:.4f}"
+        else:
+            self._forget_best()
+        self.logger.warn_once(f"the best checkpoint, {lost}, is lost: {' '.join(str(reason).split())}\n{what}.")
 
     def _restore(self, model_state: dict[str, Tensor], state: dict) -> None:
         """What a checkpoint holds; whatever a damaged or strange one raises is fits's to explain."""

@@ -113,8 +113,9 @@ class Updates:
 
     def load_state_dict(self, state: dict) -> None:
         """state: `state_dict`'s, among others' keys; the model has been loaded before."""
-        # torch would take over the saved run's weight decay and betas too; a resumed run goes on with those given now.
-        options = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        # torch would take over the saved run's weight decay and betas too; a resumed run goes on with those given now. The rate is set
+        # before each update; where none follows (the last evaluation alone was due) it stays the saved one, as if there had been no stop.
+        options = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)

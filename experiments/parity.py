@@ -26,7 +26,8 @@ import orjson
 import torch
 from torch import Tensor
 
-from checkpoint import plain_json, write_text_atomic
+from atomic import write_text_atomic
+from checkpoint import plain_json
 from columns import ragged_places
 from config import Config, with_values
 from dataset import Split, Splits, make_splits

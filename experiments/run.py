@@ -39,7 +39,7 @@ import torch
 import yaml
 
 from charts import lines
-from checkpoint import write_text_atomic
+from atomic import write_text_atomic
 from config import KEYS, Config, with_values
 from errors import ArgumentParser, UserError, run_cli
 from metrics import paired_bootstrap

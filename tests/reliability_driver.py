@@ -3,14 +3,15 @@
 In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); descriptors (file, how many are open);
 signal, with after (seconds from the first step), at_start (seconds from the fork) or in_save (see kill_in_save); crash (the run's n-th
 call that changes the disk, store and logs included; 0 = none) with lose (folders where what was not fsynced by then is cut in half, as a
-power cut may leave it) and calls (file, takes the name of each such call and each finished save); limit (bytes that a file may have),
-from_save (only from the n-th save on). Out: status (of waitpid, negative for a signal), seconds from the first step to the end,
-exit_seconds from the signal to it.
+power cut may leave it), names ("all" or "some" of the names that were not fsynced are forgotten too, see power_cut.py) and calls (file,
+takes the name of each such call and each finished save); limit (bytes that a file may have), from_save (only from the n-th save on). Out:
+status (of waitpid, negative for a signal), seconds from the first step to the end, exit_seconds from the signal to it.
 """
 
 import builtins
 import json
 import os
+import random
 import resource
 import select
 import signal
@@ -23,6 +24,7 @@ import main
 import store
 import store_files
 import trainer
+from power_cut import PowerCut
 from errors import run_cli
 
 
@@ -94,27 +96,25 @@ def kill_in_save(order: dict) -> None:
 def crash(order: dict) -> None:
     """Count the calls that change the disk, and die in one of them as a machine does that loses its power."""
     calls = os.open(order["calls"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    folders = [Path(folder) for folder in order["lose"]]
-    before = {path.stat().st_ino for folder in folders for path in folder.rglob("*") if path.is_file()}
-    count, synced, die = [0], set(), os.kill
+    cut = PowerCut([Path(folder) for folder in order["lose"]], Path(f"{order['calls']}-stash"))
+    count, die = [0], os.kill
 
     def die_here() -> None:
-        for path in [path for folder in folders for path in folder.rglob("*")]:
-            if path.is_file() and path.stat().st_ino not in synced | before:
-                os.truncate(path, path.stat().st_size // 2)
+        if order.get("names") is None:
+            cut.done = []
+        cut.lose(None if order.get("names") == "all" else random.Random(order["crash"]))
         die(os.getpid(), signal.SIGKILL)
 
     def counted(name, function, counts=lambda *args, **kwargs: True):
+        function = cut.wrap(name, function)
+
         def wrapped(*args, **kwargs):
             if counts(*args, **kwargs):
                 count[0] += 1
                 os.write(calls, f"{name}\n".encode())
                 if count[0] == order["crash"]:
                     die_here()
-            result = function(*args, **kwargs)
-            if name == "fsync":
-                synced.add(os.fstat(args[0]).st_ino)
-            return result
+            return function(*args, **kwargs)
 
         return wrapped
 

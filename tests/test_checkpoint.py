@@ -339,6 +339,23 @@ def test_prune_removes_folders_with_their_links(tmp_path, monkeypatch, links):
         ck.prune(tmp_path, -1)
 
 
+def test_a_damaged_folder_that_is_kept_does_not_stop_pruning(tmp_path):
+    paths = [save(tmp_path, step) for step in (1, 2, 3)]
+    for path in paths[0].iterdir():
+        path.unlink()
+    assert ck.prune(tmp_path, 1, keep=[paths[0]]) == [paths[1]]
+    assert ck.list_checkpoints(tmp_path) == [paths[0], paths[2]]
+
+
+def test_evaluated_checkpoints_are_those_with_a_loss_and_whole_weights(tmp_path):
+    paths = [save(tmp_path, 1, 0.5), save(tmp_path, 2), save(tmp_path, 3, 0.25), save(tmp_path, 4, 0.125)]
+    os.truncate(paths[2] / ck.MODEL, 10)
+    os.truncate(paths[3] / ck.TRAINER, 10)  # not asked for
+    said: list[str] = []
+    assert [(path, meta["valid_loss"]) for path, meta in ck.evaluated(tmp_path, said.append)] == [(paths[0], 0.5), (paths[3], 0.125)]
+    assert len(said) == 1 and "damaged checkpoint passed over" in said[0] and paths[2].name in said[0]
+
+
 def test_a_step_saved_again_replaces_the_old_one_and_its_links(tmp_path):
     old = save(tmp_path, 5, None, seed=1)
     ck.link(tmp_path, "checkpoint_epoch_1.pt", old)

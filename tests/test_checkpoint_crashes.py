@@ -1,5 +1,6 @@
 """checkpoint.py where a process dies, a call fails or the disk fills up in a save: afterwards the old state or the new one counts."""
 
+import builtins
 import contextlib
 import errno
 import hashlib
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from power_cut import PowerCut
 from test_checkpoint import content, save
 
 import checkpoint as ck
+from atomic import write_text_atomic
 from errors import RunError
 
 
@@ -27,39 +30,42 @@ class Crash(BaseException):
     """The machine stops: every later call fails too, so that no clean-up runs."""
 
 
-@contextlib.contextmanager
-def crash_at(monkeypatch, call: int, root: Path):
-    """Stop at the `call`-th write, fsync, rename, link, unlink, mkdir or rmdir; what was not fsynced by then is cut in half."""
-    count, synced = [0], set()
-    before = {path.stat().st_ino for path in root.rglob("*") if path.is_file()}
+LOSSES = ("half files", "all names", "some names")  # what a power cut forgets besides: names in folders that were not fsynced
 
-    def guard(function, is_sync=False):
+
+@contextlib.contextmanager
+def crash_at(monkeypatch, call: int, root: Path, loses: str = LOSSES[0]):
+    """Stop at the `call`-th write, fsync, rename, link, unlink, mkdir or rmdir; what was not fsynced by then is lost (power_cut.py)."""
+    count, cut = [0], PowerCut([root], root.with_name(f"{root.name}-stash"))
+
+    def guard(name, function):
+        function = cut.wrap(name, function)
+
         def wrapped(*args, **kwargs):
             count[0] += 1
             if count[0] >= call:
                 raise Crash
-            if is_sync:
-                synced.add(os.fstat(args[0]).st_ino)
             return function(*args, **kwargs)
 
         return wrapped
 
+    crashed = False
     with monkeypatch.context() as patch:
-        for name in ("rename", "replace", "link", "unlink", "mkdir", "rmdir"):
-            patch.setattr(os, name, guard(getattr(os, name)))
-        patch.setattr(os, "fsync", guard(os.fsync, True))
-        patch.setattr(ck._HashingFile, "write", guard(ck._HashingFile.write))
+        for name in ("rename", "replace", "link", "unlink", "mkdir", "rmdir", "fsync"):
+            patch.setattr(os, name, guard(name, getattr(os, name)))
+        patch.setattr(ck._HashingFile, "write", guard("write", ck._HashingFile.write))
+        patch.setattr(builtins, "open", cut.wrap("open", open))
         try:
             yield count
-            crashed = False
         except Crash:
             crashed = True
-    for path in root.rglob("*") if crashed else ():
-        if path.is_file() and path.stat().st_ino not in synced | before:
-            os.truncate(path, path.stat().st_size // 2)
+    if loses == LOSSES[0] or not crashed:
+        cut.done = []
+    cut.lose(None if loses == "all names" else random.Random(call)) if crashed else None
+    shutil.rmtree(cut.stash)
 
 
-def run_with_crashes(tmp_path, monkeypatch, prepare, act, check) -> int:
+def run_with_crashes(tmp_path, monkeypatch, prepare, act, check, loses=LOSSES[0]) -> int:
     """`act` on a fresh `prepare`d folder, stopped at call 1, 2, ...; `check` after each, and again after cleaning.
 
     Returns the number of calls.
@@ -72,7 +78,7 @@ def run_with_crashes(tmp_path, monkeypatch, prepare, act, check) -> int:
         prepare(root)
         old = content(ck.newest_valid(root))
         finished = False
-        with crash_at(monkeypatch, call, root):
+        with crash_at(monkeypatch, call, root, loses):
             act(root)
             finished = True
         found = content(ck.newest_valid(root, pytest.fail))
@@ -91,7 +97,8 @@ def expected_content(tmp_path, *args) -> str:
     return content(save(tmp_path / "reference", *args))
 
 
-def test_crash_at_every_call_of_a_save(tmp_path, monkeypatch):
+@pytest.mark.parametrize("loses", LOSSES)
+def test_crash_at_every_call_of_a_save(tmp_path, monkeypatch, loses):
     torch.manual_seed(1)
     new = expected_content(tmp_path, 20, 0.5)
     seen = set()
@@ -100,12 +107,13 @@ def test_crash_at_every_call_of_a_save(tmp_path, monkeypatch):
         assert found in (old, new)
         seen.add(found == new)
 
-    assert run_with_crashes(tmp_path, monkeypatch, lambda root: save(root, 10, 0.9), lambda root: save(root, 20, 0.5), check) > 20
+    assert run_with_crashes(tmp_path, monkeypatch, lambda root: save(root, 10, 0.9), lambda root: save(root, 20, 0.5), check, loses) > 20
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("loses", LOSSES)
 @pytest.mark.parametrize("loss", [0.5, 0.7])
-def test_crash_at_every_call_of_a_replacement(tmp_path, monkeypatch, loss):
+def test_crash_at_every_call_of_a_replacement(tmp_path, monkeypatch, loss, loses):
     torch.manual_seed(1)
     new = expected_content(tmp_path, 20, loss, 2)
 
@@ -117,10 +125,11 @@ def test_crash_at_every_call_of_a_replacement(tmp_path, monkeypatch, loss):
         assert len(ck.list_checkpoints(root)) == 1
         assert len(list(root.glob("global_step20*"))) <= 1
 
-    run_with_crashes(tmp_path, monkeypatch, prepare, lambda root: save(root, 20, loss, 2), check)
+    run_with_crashes(tmp_path, monkeypatch, prepare, lambda root: save(root, 20, loss, 2), check, loses)
 
 
-def test_crash_at_every_call_of_prune_and_link(tmp_path, monkeypatch):
+@pytest.mark.parametrize("loses", LOSSES)
+def test_crash_at_every_call_of_prune_and_link(tmp_path, monkeypatch, loses):
     def prepare(root):
         for step in (1, 2, 3):
             ck.link(root, f"checkpoint_epoch_{step}.pt", save(root, step))
@@ -137,15 +146,16 @@ def test_crash_at_every_call_of_prune_and_link(tmp_path, monkeypatch):
         ck.prune(root, 1, keep=[root / "best_model.pt"])
         assert sorted(os.listdir(root)) == ["best_model.pt", "checkpoint_epoch_3.pt", ck.checkpoint_name(3, None)]
 
-    run_with_crashes(tmp_path, monkeypatch, prepare, act, check)
+    run_with_crashes(tmp_path, monkeypatch, prepare, act, check, loses)
 
 
-def test_crash_at_every_call_of_write_text_atomic(tmp_path, monkeypatch):
+@pytest.mark.parametrize("loses", LOSSES)
+def test_crash_at_every_call_of_write_text_atomic(tmp_path, monkeypatch, loses):
     path = tmp_path / "status.json"
     for call in range(1, 10):
         path.write_text("old")
-        with crash_at(monkeypatch, call, tmp_path) as count:
-            ck.write_text_atomic(path, "new text")
+        with crash_at(monkeypatch, call, tmp_path, loses) as count:
+            write_text_atomic(path, "new text")
         assert path.read_text() in ("old", "new text")
         if count[0] < call:
             break
@@ -268,7 +278,7 @@ def test_disk_full_at_each_write(tmp_path, monkeypatch):
 def test_file_size_limit_in_a_child(tmp_path):
     """A real limit of the system (EFBIG) at 20 sizes: saves, links and texts end with RunError and leave the old state."""
     save(tmp_path, 10)
-    ck.write_text_atomic(tmp_path / "status.json", "old")
+    write_text_atomic(tmp_path / "status.json", "old")
     old = content(ck.newest_valid(tmp_path))
     size = (tmp_path / ck.checkpoint_name(10, None) / ck.MODEL).stat().st_size
     for limit in [size * n // 20 for n in range(20)]:
@@ -282,7 +292,7 @@ def test_file_size_limit_in_a_child(tmp_path):
                 except RunError:
                     code = 0
                 try:
-                    ck.write_text_atomic(tmp_path / "status.json", "n" * (limit + 1))
+                    write_text_atomic(tmp_path / "status.json", "n" * (limit + 1))
                     code = 2
                 except RunError as error:
                     code += 0 if f"{limit + 1:,} bytes needed" in str(error) else 4

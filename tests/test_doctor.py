@@ -237,7 +237,7 @@ def test_planted_faults_are_found(healthy, tmp_path, change, flags, level, check
     # A planted fault is no reason to suspect the machine or anything of another section, but for what follows from it.
     assert {f.check.split(".")[0] for f in found if f.level != PASS} <= {check.split(".")[0], "data", "settings"}
     assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
-    assert not list((tmp_path / "cache").glob("scratch-*"))
+    assert not list((tmp_path / "cache").glob(".tmp-*"))
 
 
 # ---- schema.json and indexer.pkl that are not what they should be ---------------------------------------------------------

@@ -96,7 +96,9 @@ def test_of_two_equal_models_the_ranking_and_the_loss_are_the_models(trained):
 
 
 def test_a_folder_holds_what_it_needs(trained, tmp_path):
+    (tmp_path / "x" / ".tmp-out-99999999").mkdir(parents=True)  # of a process that was killed
     out = write_ensemble(tmp_path / "x" / "out", trained.paths, [1.0, 2.0], "zscore")
+    assert os.listdir(tmp_path / "x") == ["out"]
     assert sorted(path.name for path in out.iterdir()) == ["ensemble.json", "member0", "member1"]
     assert os.path.samefile(out / "member0/model.pt", trained.paths[0] / "model.pt") and os.listdir(out.parent) == ["out"]
     for path in (out, out / "ensemble.json"):

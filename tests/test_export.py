@@ -182,7 +182,9 @@ def test_a_used_folder_an_ensemble_and_a_missing_package(world, exported, tmp_pa
     with pytest.raises(UserError, match="not an empty folder"):
         export(served, exported)
     (tmp_path / "empty").mkdir()
+    (tmp_path / ".tmp-empty-99999999").mkdir()  # of a process that was killed
     assert export(served, tmp_path / "empty") == tmp_path / "empty" and len(list((tmp_path / "empty").iterdir())) == 5
+    assert not list(tmp_path.glob(".tmp-*"))
     both = write_ensemble(tmp_path / "both", [world.model, world.model])
     with pytest.raises(UserError, match="one by one"):
         export(served_by(world, both), tmp_path / "out")

@@ -119,15 +119,16 @@ def crash_points(calls: list[str], count: int) -> list[int]:
     return points if count >= len(points) else sorted(random.Random(2).sample(points, count))
 
 
+@pytest.mark.parametrize("names", [None, "all", "some"])
 @pytest.mark.parametrize("count", rounds(10_000, 3)[1:])
-def test_a_crash_at_every_call_that_changes_the_disk(world, count):
+def test_a_crash_at_every_call_that_changes_the_disk(world, count, names):
     """Row 2: checkpoints, links, logs and status of a whole run; what was not fsynced is cut in half. Every tenth run is resumed."""
     runs, steps = world.runs, sorted(checkpoints._step(Path(name)) for name in world.hashes)
     points = crash_points(world.calls, count)
     newest: set = set()
     for number, point in enumerate(points):
-        name = f"crash{point}"
-        done = runs.run(name, crash=point, lose=[name], calls=f"{name}-calls")
+        name = f"crash{point}-{names}"
+        done = runs.run(name, crash=point, lose=[name], calls=f"{name}-calls", names=names)
         assert done["status"] == -9, runs.console(name)[-2000:]
         saved = sum(line.startswith("saved") for line in (world.cwd / f"{name}-calls").read_text().splitlines())
         root = world.cwd / name / "ckpt"
@@ -140,5 +141,6 @@ def test_a_crash_at_every_call_that_changes_the_disk(world, count):
         if number % 10 == 0:
             runs.went_on_exactly(name, samples=False)
         shutil.rmtree(world.cwd / name)
+        shutil.rmtree(world.cwd / f"{name}-calls-stash")
     assert count < 100 or newest == {0, *steps}
     print(f"{len(points)} crashes")

@@ -17,6 +17,7 @@ from synthetic import generate
 
 pytestmark = pytest.mark.reliability
 STEPS = 40
+PLACES = ("cache", "log", "tb", "ckpt")  # what compiles, logs, draws and saves
 
 
 class Disk:
@@ -32,10 +33,19 @@ class Disk:
         (folder / "small.yaml").write_text(yaml.safe_dump(settings))
         self.disk.mkdir()
         assert self.run("whole")["status"] == 0, self.said("whole")
-        self.needed = sum(path.stat().st_size for path in self.disk.rglob("*") if path.is_file())
+        self.needed = self.bytes_of(self.disk)
+        self.needed_by = {name: self.bytes_of(self.disk / name) for name in PLACES}
+        at_start = (".lock", "status.json", "config.resolved.yaml", "command.txt", "environment.json")
+        self.start_pages = sum(-(-(self.disk / "log" / name).stat().st_size // 4096) for name in at_start)
         self.final = final_files(self.disk / "ckpt")
         shutil.rmtree(self.disk)
         self.disk.mkdir()
+
+    @staticmethod
+    def bytes_of(folder: Path) -> int:
+        """What the files take of a file system of pages; a link is its file."""
+        files = {path.stat().st_ino: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        return sum(-(-size // 4096) * 4096 for size in files.values())
 
     def run(self, name: str, *flags: object, **how: object) -> dict:
         places = ["--log_path", "disk/log", "--checkpoint_path", "disk/ckpt", "--tensorboard_path", "disk/tb", "--cache_path", "disk/cache"]
@@ -46,17 +56,18 @@ class Disk:
         return (self.folder / f"{name}.console").read_text()
 
     @contextlib.contextmanager
-    def of_size(self, num_bytes: int):
-        """A tmpfs over the folder; skipped where this user may not mount one."""
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(self.disk)], capture_output=True, text=True, check=False
-        )
+    def of_size(self, num_bytes: int, place: str = "."):
+        """A tmpfs over the folder, or one in it; skipped where this user may not mount one."""
+        folder = str(self.disk / place)
+        Path(folder).mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
         try:
-            yield lambda more: subprocess.run(["mount", "-o", f"remount,size={more}", str(self.disk)], check=True)
+            yield lambda more: subprocess.run(["mount", "-o", f"remount,size={more}", folder], check=True)
         finally:
-            subprocess.run(["umount", "-l", str(self.disk)], check=True)
+            subprocess.run(["umount", "-l", folder], check=True)
 
     def check(self, name: str, status: int) -> str:
         """A run on a disk that was full: what it said, what it left. Returns the outcome in words."""
@@ -64,13 +75,21 @@ class Disk:
         assert "Traceback" not in text, text[-3000:]
         messages = re.findall(r".*no space left to write.*", text)
         assert messages or status == 0, text[-3000:]
-        assert all("disk/" in message for message in messages), messages
+        assert all(re.search(r"\S*disk/\S+: no space left to write \([\d,]+ bytes needed\)", message) for message in messages), messages
         assert status in (0, 1), text[-3000:]
         if status:
             assert re.search(r"error: \S*disk/\S+: no space left to write \([\d,]+ bytes needed\)", text), messages
         checkpoints.newest_valid(self.disk / "ckpt", pytest.fail)  # what is there is whole
         assert not [path for path in (self.disk / "ckpt").glob(".tmp-*")]
         return "stopped" if status else "without logs" if messages else "fitted"
+
+    def goes_on(self, name: str) -> None:
+        """--resume, with room made, ends with the undisturbed weights."""
+        newest = checkpoints.newest_valid(self.disk / "ckpt", pytest.fail)
+        again = self.run(name, "--resume")
+        assert again["status"] == 0 and "Traceback" not in self.said(name), self.said(name)[-3000:]
+        assert newest is None or f"resumed at step {checkpoints._step(newest)} from" in self.said(name)
+        assert final_files(self.disk / "ckpt") == self.final
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +108,41 @@ def test_a_disk_that_fills_up(disk, count):
         with disk.of_size(size) as resize:
             done = disk.run(name)
             outcomes.append(disk.check(name, done["status"]))
-            newest = checkpoints.newest_valid(disk.disk / "ckpt", pytest.fail)
             resize(disk.needed * 20)
-            again = disk.run(name, "--resume")
-            assert again["status"] == 0 and "Traceback" not in disk.said(name), disk.said(name)[-3000:]
-            assert newest is None or f"resumed at step {checkpoints._step(newest)} from" in disk.said(name)
-            assert final_files(disk.disk / "ckpt") == disk.final
+            disk.goes_on(name)
     print(f"\n{disk.needed:,} bytes; {', '.join(outcomes)}")
     assert count < 20 or {"stopped", "fitted"} <= set(outcomes)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("count", rounds(5, 0)[1:])
+def test_a_full_disk_under_one_place(disk, place, count):
+    """Row 6: the store, the run folder, TensorBoard's events or the checkpoints lie on a disk of n fifths of what they need, the rest not.
+
+    Each message names a path on that disk and bytes. What is not needed to train ends with a warning, the rest with status 1.
+    """
+    outcomes, ended, needed = [], set(), disk.needed_by[place]
+    for number in range(count):
+        shutil.rmtree(disk.disk)
+        disk.disk.mkdir()
+        name, pages = f"{place}{number}", needed * number // count // 4096
+        if place == "log" and number < 3:  # what a start writes fits; train.log, which is short, is what does not
+            pages = disk.start_pages + number
+        with disk.of_size(4096 * max(1, pages), place) as resize:
+            done = disk.run(name)
+            outcomes.append(disk.check(name, done["status"]))
+            said = disk.said(name)
+            for path in re.findall(r"(\S+): no space left to write", said):
+                assert f"disk/{place}" in path, said
+            ended |= set(re.findall(r"(train.log|TensorBoard) ends here and the run goes on without it: .*bytes needed", said))
+            resize(disk.needed * 20)
+            disk.goes_on(name)
+    print(f"\n{place}: {needed:,} bytes; {', '.join(outcomes)}")
+    if place == "tb":
+        assert "stopped" not in outcomes and "without logs" in outcomes
+    else:
+        assert "stopped" in outcomes
+    assert ended == {"log": {"train.log"}, "tb": {"TensorBoard"}}.get(place, set())
 
 
 @pytest.mark.parametrize("count", rounds(20, 0)[1:])

@@ -21,7 +21,8 @@ import yaml
 from test_checkpoint import reseal
 from test_main import SMALL, Result, run_main, train_small
 from test_plain_pickle import hostile
-from test_structure import faults
+from test_structure import ALLOWED
+from unsafe_loads import unsafe_loads
 
 import checkpoint as checkpoints
 import infer
@@ -370,10 +371,10 @@ SOURCES = [path for folder in (".", "converters", "docs", "experiments") for pat
 
 @pytest.mark.fast
 def test_no_source_unpickles_outside_the_one_reader():
-    """Row 10: of every script, those that nobody imports too; tests/test_structure.py looks at the modules one by one."""
-    found = {str(path.relative_to(ROOT)): faults(path.read_text(encoding="utf-8"), path.stem) for path in SOURCES}
-    unsafe = {name: [line for line in lines if "exception" not in line and "except" not in line] for name, lines in found.items()}
-    assert not {name: lines for name, lines in unsafe.items() if lines} and len(SOURCES) > 80
+    """Row 10: of every script, those that nobody imports too; tests/test_structure.py has the ways around it that were tried."""
+    found = {path.name: unsafe_loads(path.read_text(encoding="utf-8"), ALLOWED.get(path.stem, ())) for path in SOURCES}
+    assert not {name: lines for name, lines in found.items() if lines} and len(SOURCES) > 80
+    assert unsafe_loads((ROOT / "plain_pickle.py").read_text(encoding="utf-8"))  # the one exception is one
 
 
 @pytest.mark.fast

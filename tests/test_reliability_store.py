@@ -77,26 +77,33 @@ def test_eight_processes_build_one_store(world, tmp_path, count):
     assert max(waits, default=0) < 5 and len(waits) >= count // 2
 
 
-def crash_everywhere(world: World, cache: Path, prepare, check, stride: int) -> int:
+def crash_everywhere(world: World, cache: Path, prepare, check, stride: int, names: str | None) -> int:
     """A crash at every `stride`-th call that changes the disk while the store is opened; `check` after each. Returns how many."""
     calls = world.folder / "calls"
+    stash = calls.with_name("calls-stash")
     prepare()
     world.build(cache, 1, crash=0, lose=[], calls=str(calls))
     total = len(calls.read_text().splitlines())
     calls.unlink()
+    shutil.rmtree(stash)
     points = range(1, total + 1, stride)
     for point in points:
         prepare()
-        events = world.build(cache, 1, crash=point, lose=[str(cache)], calls=str(calls))
+        events = world.build(cache, 1, crash=point, lose=[str(cache)], calls=str(calls), names=names)
         name = calls.read_text().splitlines()[-1]
         calls.unlink()
+        shutil.rmtree(stash)
         assert not of(events, "opened"), (point, name)
         check((point, name))
     return len(points)
 
 
+NAMES = [None, "all", "some"]  # what a power cut forgets of names in folders that were not fsynced
+
+
+@pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("stride", [1])
-def test_a_crash_at_every_call_of_a_build(world, tmp_path, stride):
+def test_a_crash_at_every_call_of_a_build(world, tmp_path, stride, names):
     """Row 2: what was not fsynced is cut in half; afterwards the store is whole, or not there and made anew by the next start."""
     cache = tmp_path / "cache"
     seen = set()
@@ -110,12 +117,13 @@ def test_a_crash_at_every_call_of_a_build(world, tmp_path, stride):
         assert content_hash(store) == world.hash and store.embedding("81").matrix.shape == (201, 32), where
         assert not leftovers(cache), where
 
-    count = crash_everywhere(world, cache, lambda: shutil.rmtree(cache, ignore_errors=True), check, stride)
+    count = crash_everywhere(world, cache, lambda: shutil.rmtree(cache, ignore_errors=True), check, stride, names)
     print(f"\n{count} crashes")
     assert count > 80 and seen == {True, False}
 
 
-def test_a_crash_at_every_call_that_replaces_vectors(world, tmp_path):
+@pytest.mark.parametrize("names", NAMES)
+def test_a_crash_at_every_call_that_replaces_vectors(world, tmp_path, names):
     """Row 2: vectors that changed are compiled in place of the old ones; whatever a crash leaves, the new ones are read after it."""
     cache, old, new = tmp_path / "cache", tmp_path / "old", 5.0
     world.write_vectors(1.0)
@@ -133,7 +141,7 @@ def test_a_crash_at_every_call_that_replaces_vectors(world, tmp_path):
         assert sorted(matrix[1:, 0].tolist()) == [new + k for k in range(200)], where
         assert not leftovers(cache), where
 
-    count = crash_everywhere(world, cache, prepare, check, 1)
+    count = crash_everywhere(world, cache, prepare, check, 1, names)
     world.write_vectors(1.0)
     print(f"\n{count} crashes")
     assert count > 15

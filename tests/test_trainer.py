@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -152,6 +153,80 @@ def test_patience_stops(tmp_path):
     trainer = make_trainer(tmp_path, num_epochs=50, patience=2, learning_rate=1e-9)
     trainer.fit()
     assert trainer.step < trainer.total_steps and trainer.evaluations_since_best == 2
+
+
+def lose(folder, how):
+    """Damage a checkpoint, or take it away."""
+    if how == "gone":
+        shutil.rmtree(folder)
+    elif how == "empty":
+        for path in folder.iterdir():
+            path.unlink()
+    else:
+        path = folder / {"flip": "model.pt", "cut": "meta.json"}[how]
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.unlink()  # the links keep the whole file
+        path.write_bytes(data if how == "flip" else data[: len(data) // 2])
+
+
+def evaluations_of(folder):
+    """{name: hr@10} of the checkpoints that were evaluated."""
+    metas = [(path.name, checkpoints.read_meta(path)) for path in checkpoints.list_checkpoints(folder)]
+    return {name: meta["metrics"]["hr@10"] for name, meta in metas if meta["valid_loss"] is not None}
+
+
+BEST_OF_ALL = {"save_frequency": 1, "save_every_steps": 3, "keep_last_k": 0, "best_metric": "hr@10"}
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "gone", "empty"])
+def test_a_resumed_run_says_that_the_best_checkpoint_is_lost_and_takes_the_best_left(tmp_path, how):
+    make_trainer(tmp_path, num_epochs=4, **BEST_OF_ALL).fit()
+    values = evaluations_of(tmp_path)
+    best = max(values, key=values.get)  # of equals the earliest
+    newest = checkpoints.list_checkpoints(tmp_path)[-1]
+    assert best == checkpoints.find_checkpoint(tmp_path / "best_model.pt").name != newest.name
+    lose(tmp_path / best, how)
+    del values[best]
+    second = max(values, key=values.get)
+    trainer = make_trainer(tmp_path, resume_from=newest, num_epochs=4, **BEST_OF_ALL)
+    trainer.fit()
+    said = [text for text in trainer.logger._warned if "is lost" in text]
+    assert len(said) == 1 and best in said[0] and f"the best that is left is {second}, hr@10 {values[second]:.4f}" in said[0]
+    assert (trainer.best_name, trainer.best_value) == (second, values[second])
+    assert os.path.samefile(tmp_path / "best_model.pt", tmp_path / second / "model.pt")
+    assert (tmp_path / f"damaged-{best}").is_dir() == (how != "gone")  # nothing is deleted
+    assert run_test(trainer)["checkpoint"].endswith(second)
+
+
+@pytest.mark.parametrize("how", ["flip", "gone"])
+def test_the_last_test_takes_the_best_left_where_the_best_is_lost_meanwhile(tmp_path, how):
+    trainer = make_trainer(tmp_path, num_epochs=4, **BEST_OF_ALL)
+    trainer.fit()
+    values = evaluations_of(tmp_path)
+    lost = trainer.best_name
+    lose(tmp_path / lost, how)
+    del values[lost]
+    metrics = run_test(trainer)
+    assert metrics["checkpoint"].endswith(max(values, key=values.get))
+    assert [text for text in trainer.logger._warned if lost in text and "is lost" in text]
+    for name in values:
+        lose(tmp_path / name, "flip")
+    with pytest.raises(RunError, match="no evaluated checkpoint is whole"):
+        run_test(trainer)
+
+
+def test_without_another_evaluated_checkpoint_the_next_evaluation_is_the_best(tmp_path):
+    """The run that goes on evaluates at once where it stands at its end."""
+    settings = {"num_epochs": 2, "eval_every_epochs": 1, "keep_last_k": 0, "save_every_steps": 3, "best_metric": "loss"}
+    make_trainer(tmp_path, **settings).fit()
+    for name in evaluations_of(tmp_path):
+        lose(tmp_path / name, "gone")
+    newest = checkpoints.newest_valid(tmp_path)
+    trainer = make_trainer(tmp_path, resume_from=newest, **settings)
+    trainer.fit()
+    assert [text for text in trainer.logger._warned if "none that was evaluated is left" in text]
+    assert run_test(trainer)["checkpoint"].endswith(trainer.best_name) and checkpoints._step(tmp_path / trainer.best_name) == 10
 
 
 def test_test_metrics_have_the_promised_keys(tmp_path):
