@@ -113,7 +113,7 @@ def test_matrices_and_ranks_are_written_atomically(tmp_path, dead, monkeypatch):
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
     (tmp_path / f".tmp-query.fbin-{dead}").touch()
     infer._write_matrix(tmp_path / "query.fbin", matrix)
-    ranks.write_ranks(tmp_path, np.arange(2), np.arange(2), np.arange(20).reshape(2, 10))
+    ranks.write_ranks(tmp_path, np.arange(2), np.arange(2), np.arange(20).reshape(2, 10), {})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"query.fbin", ranks.RANKS} and len(before["query.fbin"]) == 8 + 24
 
@@ -124,7 +124,7 @@ def test_matrices_and_ranks_are_written_atomically(tmp_path, dead, monkeypatch):
     with pytest.raises(RunError, match=r"query.fbin: no space left to write \(32 bytes needed\)"):
         infer._write_matrix(tmp_path / "query.fbin", matrix + 1)
     with pytest.raises(RunError, match=r"ranks.npz: no space left to write \(48 bytes needed\)"):
-        ranks.write_ranks(tmp_path, np.arange(3), np.arange(3), np.arange(30).reshape(3, 10))
+        ranks.write_ranks(tmp_path, np.arange(3), np.arange(3), np.arange(30).reshape(3, 10), {})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
