@@ -232,7 +232,7 @@ def average_checkpoints(out: Path, paths: Sequence[Path]) -> Path:
             if getattr(first, what) != getattr(member, what):
                 different.append(f"{what}: not the same in {first.path} and {member.path}")
     try:
-        counts = first.transitions  # of one data set: the same in all
+        counts = first.transitions  # of one split, so the same in all
         state = {} if different else mean_state([without(member.checkpoint.model_state) for member in members], names)
         state |= counts.to_state() if counts is not None else {}
     except ValueError as error:
@@ -261,6 +261,12 @@ def _check_one_index(members: Sequence[Member]) -> None:
             raise UserError(
                 f"{member.path}: trained on {member.meta['num_items']:,} items, {first.path} on {first.meta['num_items']:,}, "
                 "or on others: the same number would mean other items. Give checkpoints of one data set."
+            )
+        weights = [one.config.eval.transition_weight for one in (member, first)]
+        if weights[0] != weights[1] or (member.transitions is None) != (first.transitions is None):
+            raise UserError(
+                f"{member.path}: ranked with transition_weight {weights[0]}, {first.path} with {weights[1]}, or one has no counts. "
+                "Give checkpoints that are ranked alike."
             )
         if member.schema != first.schema:
             raise UserError(f"{member.path}: its data had other features than those of {first.path}. Give checkpoints of one data set.")

@@ -25,9 +25,9 @@ from errors import UserError
 from features import FeatureColumns
 from metrics import RankingMetrics, action_weights, ranks_from_topk
 from model import Recommender
-from retrieval import Catalogue, prepare_catalogue, rank_targets, topk_exact
+from retrieval import Catalogue, Exclude, prepare_catalogue, rank_targets, topk_exact
 from schema import ACTION_NAMES, ANY_ACTION
-from transitions import Transitions, additions, rank_with_additions, topk_with_additions
+from transitions import Additions, Transitions, additions, rank_with_additions, topk_with_additions, without_excluded
 
 ITEM_CHUNK = 16_384  # items encoded at once: keeps the tower's temporaries near 100 MiB at width 64
 LOSS_SAMPLE = 10_000  # candidates that stand for all in the validation loss
@@ -206,11 +206,9 @@ class Ranker:
             asked = None
             if ranks_of is not None and ranks_of[samples].any():
                 asked = np.where(ranks_of[samples], self._target_places(part), -1)
-            found_scores, found, ranks = self._ranked(query, catalogue, k_found, seen, part, asked)
+            found_scores, found, ranks = self._ranked(query, catalogue, k_found, seen, part, asked, fill)
             if ranks is not None:
                 target_ranks[samples] = ranks
-            if fill and (found < 0).any():
-                found, found_scores = _filled(found, found_scores, query, catalogue)
             ids[samples, :k_found] = np.where(found >= 0, self.candidate_ids[found], 0)
             scores[samples, :k_found] = found_scores
             losses.append(self._target_losses(query, candidates, part))
@@ -218,18 +216,23 @@ class Ranker:
         return Ranking(ids, scores, float(flat.double().mean()), encoded, queries, target_ranks)
 
     def _ranked(
-        self, query: Tensor, catalogue: Catalogue, k: int, seen: tuple[Tensor, Tensor] | None, part: Split, asked: np.ndarray | None
+        self, query: Tensor, catalogue: Catalogue, k: int, seen: Exclude | None, part: Split, asked: np.ndarray | None, fill: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """(scores (B, k), places (B, k), ranks (B,) of the places asked for (B,)) of a batch of the split."""
-        if self.transitions is None:
-            scores, found = (t.cpu().numpy() for t in topk_exact(query, catalogue, k, exclude=seen))
-            if asked is None:
-                return scores, found, None
-            ranks = rank_targets(query, catalogue, torch.from_numpy(asked).to(self.device), exclude=seen)
-            return scores, found, ranks.cpu().numpy()
-        added = additions(self.transitions, self.store, part, self._place, self.temperature * self.transition_weight)
-        scores, found = topk_with_additions(query, catalogue, k, added, seen)
-        return scores, found, None if asked is None else rank_with_additions(query, catalogue, asked, added, seen)
+        added = allowed = None
+        if self.transitions is not None:
+            added = additions(self.transitions, self.store, part, self._place, self.temperature * self.transition_weight)
+            allowed = without_excluded(added, seen, len(self.candidate_ids))
+        scores, found = _top(query, catalogue, k, allowed, seen)
+        if fill and (found < 0).any():
+            rows = np.flatnonzero((found < 0).any(axis=1))
+            all_of_them = None if added is None else added.of(rows)
+            _fill(found, scores, rows, *_top(query[torch.from_numpy(rows).to(query.device)], catalogue, k, all_of_them, None))
+        if asked is None:
+            return scores, found, None
+        if allowed is not None:
+            return scores, found, rank_with_additions(query, catalogue, asked, allowed, seen)
+        return scores, found, rank_targets(query, catalogue, torch.from_numpy(asked).to(self.device), exclude=seen).cpu().numpy()
 
     def with_penalties(self, candidates: Tensor) -> Tensor:
         """Vectors (C, D) of the candidates; with cold_penalty (C, D + 1), for queries that end in a one."""
@@ -271,17 +274,21 @@ class Ranker:
         return F.cross_entropy(torch.cat((own, logits), dim=1), torch.zeros_like(target), reduction="none")
 
 
-def _filled(found: np.ndarray, scores: np.ndarray, query: Tensor, catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
-    """Replace the empty places of (B, k) rankings by the best candidates that are not in the row yet."""
-    rows = np.flatnonzero((found < 0).any(axis=1))
-    found, scores = found.copy(), scores.copy()
-    more_scores, more = (t.cpu().numpy() for t in topk_exact(query[torch.from_numpy(rows).to(query.device)], catalogue, found.shape[1]))
+def _top(query: Tensor, catalogue: Catalogue, k: int, added: Additions | None, exclude: Exclude | None) -> tuple[np.ndarray, np.ndarray]:
+    """(scores (B, k), places (B, k)), -1 where candidates ran out."""
+    if added is not None:
+        return topk_with_additions(query, catalogue, k, added, exclude)
+    scores, found = topk_exact(query, catalogue, k, exclude=exclude)
+    return scores.cpu().numpy(), found.cpu().numpy()
+
+
+def _fill(found: np.ndarray, scores: np.ndarray, rows: np.ndarray, more_scores: np.ndarray, more: np.ndarray) -> None:
+    """Replace the empty places of some rows of rankings (B, k) by the best of others (rows, k) that are not in the row yet."""
     for row, extra, extra_scores in zip(rows, more, more_scores):
         empty = np.flatnonzero(found[row] < 0)
         new = np.flatnonzero((extra >= 0) & ~np.isin(extra, found[row]))[: len(empty)]
         found[row, empty[: len(new)]] = extra[new]
         scores[row, empty[: len(new)]] = extra_scores[new]
-    return found, scores
 
 
 def split_metrics(store, split: Split, topk_ids: np.ndarray, top_k: tuple[int, ...], score_round: int) -> dict[str, float]:

@@ -126,7 +126,7 @@ def write_baseline_files(folder: Path, store, ranker: Ranker, ranking: Ranking) 
     items = np.asarray(store.candidate_item_ids)[ranked]
     place = np.searchsorted(ranker.candidate_ids, items)
     vectors = ranker.with_penalties(ranking.candidates).cpu().numpy()
-    # A column of ones meets the penalties, so that the files' inner products are the scores that were ranked.
+    # A column of ones meets the penalties, so that the files' inner products are the scores that were ranked (transition counts apart).
     queries = np.pad(ranking.queries, ((0, 0), (0, vectors.shape[1] - ranking.queries.shape[1])), constant_values=1.0)
     _write_matrix(folder / "embedding.fbin", vectors[place])
     _write_matrix(folder / "query.fbin", queries)

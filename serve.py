@@ -58,6 +58,8 @@ def open_served(
         raise UserError(f"{data_path}: no candidates (predict_set.jsonl or candidate/) to rank. Add them to EVAL_DATA_PATH.")
     for member in ensemble.members:
         _check_fit(store, member.meta, member.schema, member.path, data_path)
+        if member.config.eval.transition_weight and member.transitions is None:
+            log(f"warning: {member.path}: transition_weight is set, but the checkpoint holds no counts; it is ranked without them")
     policy = config.eval.cold_candidates
     if policy == "drop":
         candidates = without_cold(candidates, FeatureColumns(store, first.layout, (), first.trained))

@@ -144,7 +144,10 @@ class Trainer:
     @cached_property
     def transitions(self) -> Transitions | None:
         """With transition_weight: the counts of the training split, which a checkpoint holds for inference."""
-        return count_transitions(self.store, self.splits.train) if self.config.eval.transition_weight else None
+        if not self.config.eval.transition_weight:
+            return None
+        self.logger.say("counting item-to-item transitions of the training events")
+        return count_transitions(self.store, self.splits.train)
 
     def _note_trained_items(self) -> None:
         """With id_dropout: items with training events join those that the model has been trained on."""
@@ -455,7 +458,9 @@ class Trainer:
         root = self.run.checkpoint_dir
         self.logger.sync()
         with self.updates.averaged():
-            model_state = self.model.state_dict() | (self.transitions.to_state() if self.transitions is not None else {})
+            model_state = self.model.state_dict()
+        if ("transitions" in self.__dict__ or not self.stop_signal) and self.transitions is not None:  # no time to count after a signal
+            model_state |= self.transitions.to_state()
         path = checkpoints.save_checkpoint(
             root,
             step=self.step,

@@ -36,8 +36,8 @@ RECENT = 8  # events at the end of a history that are asked what follows them
 DECAY = 0.5  # a pair one place farther apart, or an event one place farther back, counts half
 SHARPNESS = 10.0
 MOST = 128  # successors kept of an item, those with the largest counts; fewer where there are many items:
-MAX_PAIRS = 20_000_000  # kept of all items: 160 MB in memory and in each checkpoint
-COUNTED_AT_ONCE = 1 << 24  # pairs: about 0.7 GB while they are sorted
+MAX_PAIRS = 20_000_000  # kept of all items (one an item at least): 160 MB in memory and in each checkpoint, and 8 bytes an item
+COUNTED_AT_ONCE = 1 << 24  # pairs: about 1.5 GB while they are sorted, where no two are alike
 PREFIX = "transitions."  # of the names in a checkpoint's state
 
 
@@ -60,6 +60,11 @@ class Additions(NamedTuple):
     places: np.ndarray  # (P,) int64 candidate
     values: np.ndarray  # (P,) float32
 
+    def of(self, rows: np.ndarray) -> Additions:
+        """Those of some queries (ascending), which are numbered anew."""
+        keep = np.isin(self.rows, rows)
+        return Additions(np.searchsorted(rows, self.rows[keep]), self.places[keep], self.values[keep])
+
 
 def from_state(state: Mapping[str, Tensor]) -> Transitions | None:
     """The counts of a checkpoint's state; None where it holds none. ValueError where they do not fit together."""
@@ -67,7 +72,9 @@ def from_state(state: Mapping[str, Tensor]) -> Transitions | None:
         return None
     found = Transitions(*(state[f"{PREFIX}{name}"].cpu().numpy() for name in Transitions._fields))
     offsets, items, affinity = found
-    whole = offsets.ndim == 1 and len(offsets) >= 2 and offsets[0] == 0 and offsets[-1] == len(items) == len(affinity)
+    if [(array.ndim, array.dtype) for array in found] != [(1, np.int64), (1, np.int32), (1, np.float32)]:
+        raise ValueError("transitions.offsets, .items and .affinity are not int64, int32 and float32 of one dimension")
+    whole = len(offsets) >= 2 and offsets[0] == 0 and offsets[-1] == len(items) == len(affinity)
     if not whole or (np.diff(offsets) < 0).any() or (len(items) and not 0 < items.min() <= items.max() < len(offsets) - 1):
         raise ValueError("transitions.offsets, .items and .affinity do not fit together")
     if not (np.isfinite(affinity) & (affinity > 0)).all():
@@ -95,13 +102,13 @@ def count_transitions(store, split: Split) -> Transitions:
 
 def most_successors(num_items: int) -> int:
     """How many are kept of an item."""
-    return int(np.clip(MAX_PAIRS // max(1, num_items), 4, MOST))
+    return int(np.clip(MAX_PAIRS // max(1, num_items), 1, MOST))
 
 
 def _count(store, split: Split, begin: int, end: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of the items begin .. end - 1: (how many successors of each are kept, the successors, A of them)."""
     base = store.num_items + 1
-    keys, weights = [], []
+    keys, weights, held = [], [], 0
     for items, events in iterate_events(store, split):
         sample = np.searchsorted(split.begin, events, side="right")  # split.begin ascends
         firsts = np.flatnonzero((items >= begin) & (items < end))
@@ -110,14 +117,12 @@ def _count(store, split: Split, begin: int, end: int, most: int) -> tuple[np.nda
             firsts = firsts[sample[firsts] == sample[firsts + gap]]
             keys.append((items[firsts].astype(np.int64) - begin) * base + items[firsts + gap])
             weights.append(np.full(len(firsts), DECAY ** (gap - 1), dtype=np.float32))
-    key, weight = np.concatenate(keys), np.concatenate(weights)
-    order = np.argsort(key, kind="stable")
-    key, weight = key[order], weight[order]
-    starts = np.flatnonzero(np.diff(key, prepend=-1))
-    if not len(starts):
-        return np.zeros(end - begin, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
-    total = np.add.reduceat(weight.astype(np.float64), starts)
-    before, after = key[starts] // base, key[starts] % base
+            held += len(firsts)
+        if held > COUNTED_AT_ONCE:  # an item with more pairs than that
+            keys, weights = ([part] for part in _summed(keys, weights))
+            held = len(keys[0])
+    key, total = _summed(keys, weights)
+    before, after = key // base, key % base
     of_item = np.bincount(before, weights=total, minlength=end - begin)
     best = np.lexsort((after, -total, before))
     before, after, total = before[best], after[best], total[best]
@@ -126,6 +131,17 @@ def _count(store, split: Split, begin: int, end: int, most: int) -> tuple[np.nda
     before, after, total = before[place < most], after[place < most], total[place < most]
     counts = np.bincount(before, minlength=end - begin)
     return counts, after.astype(np.int32), (total / np.sqrt(of_item[before])).astype(np.float32)
+
+
+def _summed(keys: list[np.ndarray], weights: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(keys, each once and ascending, float64 sums of their weights)."""
+    key, weight = np.concatenate(keys), np.concatenate(weights)
+    order = np.argsort(key, kind="stable")
+    key, weight = key[order], weight[order]
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    if not len(starts):
+        return key, weight.astype(np.float64)
+    return key[starts], np.add.reduceat(weight.astype(np.float64), starts)
 
 
 # ---- ranking ------------------------------------------------------------------------------------------------------------
@@ -171,13 +187,15 @@ def without_excluded(added: Additions, exclude: Exclude | None, num_candidates: 
 def topk_with_additions(
     query: Tensor, catalogue: Catalogue, k: int, added: Additions, exclude: Exclude | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `topk_exact`, of inner product + addition, summed in float32: (scores (B, k) float32, index (B, k) int64); ties: lowest index."""
+    """As `topk_exact`, of inner product + addition, summed in float32: (scores (B, k) float32, index (B, k) int64); ties: lowest index.
+
+    added: to none of the excluded pairs (`without_excluded`).
+    """
     num_candidates = len(catalogue.item_emb)
     plain, found = (tensor.cpu().numpy() for tensor in topk_exact(query, catalogue, k, exclude=exclude))
-    added = without_excluded(added, exclude, num_candidates)
     rows = np.concatenate([np.repeat(np.arange(len(plain)), k)[found.reshape(-1) >= 0], added.rows])
     places = np.concatenate([found[found >= 0], added.places])
-    scores = np.concatenate([plain[found >= 0], _scores(query, catalogue, added) + added.values])
+    scores = np.concatenate([plain[found >= 0], _scores(query, catalogue, added.rows, added.places) + added.values])
     order = np.lexsort((-scores, places, rows))  # of a pair that came twice the one with its addition stays
     rows, places, scores = rows[order], places[order], scores[order]
     once = np.diff(rows * num_candidates + places, prepend=-1) != 0
@@ -196,11 +214,9 @@ def rank_with_additions(
     query: Tensor, catalogue: Catalogue, target: np.ndarray, added: Additions, exclude: Exclude | None = None
 ) -> np.ndarray:
     """As `rank_targets`, in the ranking of `topk_with_additions`: (B,) int64. target: (B,) int64 place, -1 = none."""
-    num_candidates = len(catalogue.item_emb)
-    added = without_excluded(added, exclude, num_candidates)
     rows = np.flatnonzero(target >= 0)
     own = np.zeros(len(target), dtype=np.float32)
-    own[rows] = _scores(query, catalogue, Additions(rows, target[rows], np.zeros(0, np.float32)))
+    own[rows] = _scores(query, catalogue, rows, target[rows])
     mine = added.places == target[added.rows]
     own[added.rows[mine]] += added.values[mine]
     device = query.device
@@ -208,14 +224,14 @@ def rank_with_additions(
         query, catalogue, torch.from_numpy(target).to(device), exclude=exclude, own=torch.from_numpy(own).to(device)
     ).cpu().numpy()  # fmt: skip
     others = Additions(*(array[~mine] for array in added))
-    plain, limit = _scores(query, catalogue, others), own[others.rows]
+    plain, limit = _scores(query, catalogue, others.rows, others.places), own[others.rows]
     lower = others.places < target[others.rows]
     before, after = ((score > limit) | ((score == limit) & lower) for score in (plain, plain + others.values))
     moved = np.bincount(others.rows, weights=after.astype(np.int64) - before, minlength=len(target)).astype(np.int64)
     return np.where(ranks >= 0, ranks + moved, ranks)
 
 
-def _scores(query: Tensor, catalogue: Catalogue, pairs: Additions) -> np.ndarray:
+def _scores(query: Tensor, catalogue: Catalogue, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
     """(P,) float32 inner products of pairs, those of `topk_exact`."""
-    rows, places = (torch.from_numpy(array).to(query.device) for array in (pairs.rows, pairs.places))
-    return pair_scores(query, catalogue, rows, places).cpu().numpy()
+    pairs = (torch.from_numpy(array).to(query.device) for array in (rows, places))
+    return pair_scores(query, catalogue, *pairs).cpu().numpy()

@@ -15,12 +15,15 @@ from test_model import make
 from test_serve import requests_of
 from tiny import tiny_store
 
+import ensemble
 import transitions
 from checkpoint import list_checkpoints, load_checkpoint
-from dataset import make_splits, predict_split
+from config import Config
+from dataset import iterate_events, make_splits, predict_split
 from ensemble import average_checkpoints, read_ensemble, write_ensemble
 from errors import UserError
 from serve import Answerer, open_served, parse_request
+from store import open_store
 from transitions import DECAY, RECENT, SHARPNESS, WINDOW, Transitions, count_transitions, from_state, without
 
 
@@ -120,6 +123,43 @@ def test_batch_size_and_order_of_candidates_change_nothing():
         assert (other.target_ranks == one.target_ranks).all()
 
 
+@pytest.mark.parametrize("protocol", ["leave_one_out", "holdout"])
+def test_what_is_to_be_found_is_not_counted(protocol):
+    """Each user's items are their own, so a pair tells which events were counted."""
+    store = tiny_store(sequences=[list(range(6 * user + 1, 6 * user + 7)) for user in range(20)], num_items=120)
+    splits = make_splits(store, **SPLIT | {"protocol": protocol, "holdout_fraction": 0.4})
+    counts = as_dict(count_transitions(store, splits.train))
+    for split in (splits.valid, splits.test):
+        targets = set(store.item_ids[split.target].tolist())
+        assert targets and not targets & counts.keys() and not targets & {j for of in counts.values() for j in of}
+    assert counts
+
+
+def test_an_item_with_more_pairs_than_are_counted_at_once(monkeypatch):
+    store = tiny_store(num_users=60, num_items=3, min_events=5, max_events=25)
+    whole = count_transitions(store, predict_split(store))
+    monkeypatch.setattr(transitions, "COUNTED_AT_ONCE", 50)
+    monkeypatch.setattr(transitions, "iterate_events", lambda s, p: (chunk for chunk in iterate_events(s, p, chunk_users=5)))
+    few = count_transitions(store, predict_split(store))
+    assert as_dict(few) == {item: pytest.approx(of, rel=1e-6) for item, of in as_dict(whole).items()}
+
+
+@pytest.mark.parametrize("cold_penalty", [0.0, 0.3])
+def test_seen_items_that_fill_a_row_are_in_the_order_of_the_ranking(cold_penalty):
+    store, model, columns = make(tiny_store(num_users=30, num_items=12, min_events=8, max_events=14))
+    columns.trained = np.arange(13) < 8
+    split = predict_split(store)
+    options = {"transitions": count_transitions(store, split), "transition_weight": 5.0, "cold_penalty": cold_penalty}
+    one = ranker(store, model, columns, **options)
+    filled, whole = one.rank(split, 10, True, fill=True).topk_ids, one.rank(split, 12, False).topk_ids
+    plain = ranker(store, model, columns, cold_penalty=cold_penalty).rank(split, 12, False).topk_ids
+    assert (whole != plain).any()
+    for row in range(split.num_samples):
+        seen = set(store.item_ids[split.begin[row] : split.end[row]].tolist())
+        expected = sorted(whole[row].tolist(), key=lambda item: item in seen)  # stable: the unseen first
+        assert filled[row].tolist() == expected[:10]
+
+
 def test_items_that_came_after_training_are_no_error():
     store, model, columns = make()
     counts = count_transitions(store, predict_split(store))
@@ -139,6 +179,7 @@ def test_state_of_a_checkpoint_and_what_is_no_such_thing():
         "items": [-state["transitions.items"]],
         "affinity": [state["transitions.affinity"][1:], state["transitions.affinity"] * torch.nan],
     }
+    broken["items"] += [state["transitions.items"].float(), state["transitions.items"][:, None]]
     for name, value in ((name, value) for name, values in broken.items() for value in values):
         with pytest.raises(ValueError, match="transitions"):
             from_state(state | {f"transitions.{name}": value})
@@ -169,7 +210,11 @@ def test_a_run_keeps_them_for_inference(trained):
         (found,) = (folder / f"log{weight}").glob("**/metrics.json")
         assert (json.loads(found.read_text())["ndcg@10"] == test["ndcg@10"]) == same
     best = load_checkpoint(folder / "ck/best_model.pt", with_trainer=False)
-    assert from_state(best.model_state) is not None
+    config = Config.from_dict(best.meta["config"], "a test")
+    store = open_store(folder / "data", folder / "cache")
+    split = make_splits(store, protocol="holdout", holdout_fraction=config.eval.holdout_fraction, target="last", seed=config.system.seed)
+    found, expected = as_dict(from_state(best.model_state)), counted(store, split.train)
+    assert found == {item: pytest.approx(of, rel=1e-6) for item, of in expected.items()}  # of training users alone
     member = read_ensemble(folder / "ck/best_model.pt").members[0]
     assert member.config.eval.transition_weight == 1
 
@@ -199,6 +244,10 @@ def test_resumed_means_and_ensembles(trained):
     counts = from_state(load_checkpoint(second, with_trainer=False).model_state)
     mean = load_checkpoint(average_checkpoints(folder / "mean", [first, second]), with_trainer=False)
     assert all((a == b).all() for a, b in zip(from_state(mean.model_state), counts))
+    other = read_ensemble(second).members[0]
+    other.config = Config.from_dict({**other.meta["config"], "eval": other.meta["config"]["eval"] | {"transition_weight": 0.5}}, "a test")
+    with pytest.raises(UserError, match="ranked alike"):
+        ensemble._check_one_index([read_ensemble(first).members[0], other])
     both = read_ensemble(write_ensemble(folder / "both", [first, second]))
     assert all(member.config.eval.transition_weight == 1 for member in both.members)
     done = run_main(*paths, *SETTINGS, "--resume", "--num_epochs", 3, cwd=folder)
@@ -220,5 +269,6 @@ def test_an_ensemble_of_one_model_twice_ranks_as_the_model():
     one = ranker(store, model, columns, **options)
     expected = one.rank(splits.test, 10, True).topk_ids
     for weights in ([1.0, 1.0], [1.0, 3.0]):
-        found = EnsembleRanker([one, one], weights, "softmax").rank(splits.test, 10, True).topk_ids
-        assert (found == expected).all()
+        for scores in ("softmax", "zscore"):
+            found = EnsembleRanker([one, one], weights, scores).rank(splits.test, 10, True).topk_ids
+            assert (found == expected).all()
