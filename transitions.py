@@ -110,11 +110,11 @@ def _count(store, split: Split, begin: int, end: int, most: int) -> tuple[np.nda
     base = store.num_items + 1
     keys, weights, held = [], [], 0
     for items, events in iterate_events(store, split):
-        sample = np.searchsorted(split.begin, events, side="right")  # split.begin ascends
         firsts = np.flatnonzero((items >= begin) & (items < end))
+        sample = np.searchsorted(split.begin, events[firsts], side="right") - 1  # split.begin ascends
+        left = split.end[sample] - events[firsts]  # events of the sample from there on
         for gap in range(1, WINDOW + 1):
-            firsts = firsts[firsts + gap < len(items)]
-            firsts = firsts[sample[firsts] == sample[firsts + gap]]
+            firsts, left = firsts[left > gap], left[left > gap]
             keys.append((items[firsts].astype(np.int64) - begin) * base + items[firsts + gap])
             weights.append(np.full(len(firsts), DECAY ** (gap - 1), dtype=np.float32))
             held += len(firsts)
