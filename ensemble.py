@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ class Member:
         """(items + 1,) bool, what the model was trained on; None where it does not note it (without id_dropout)."""
         return trained_items(self.checkpoint.model_state)
 
-    @property
+    @cached_property
     def transitions(self) -> Transitions | None:
         """The counts that a model with transition_weight is ranked with; UserError where they are damaged."""
         with fits(self.path):

@@ -291,6 +291,11 @@ def _fill(found: np.ndarray, scores: np.ndarray, rows: np.ndarray, more_scores: 
         scores[row, empty[: len(new)]] = extra_scores[new]
 
 
+def places_found(store, split: Split, topk_ids: np.ndarray) -> Tensor:
+    """(S,) int64 place of each target in rankings (S, k) of a split, counted from 1; 0 = not in it."""
+    return ranks_from_topk(torch.from_numpy(topk_ids), torch.from_numpy(store.item_ids[split.target].astype(np.int64)))
+
+
 def split_metrics(store, split: Split, topk_ids: np.ndarray, top_k: tuple[int, ...], score_round: int) -> dict[str, float]:
     """HR@k, NDCG@k and the competition's score of rankings (S, k) of a split."""
     metrics = RankingMetrics(list(top_k))
@@ -307,9 +312,8 @@ def baseline_results(
     Places count from 0; -1 = not in it.
     """
     metrics, places = {}, {}
-    target = torch.from_numpy(baselines.store.item_ids[split.target].astype(np.int64))
     for name, topk_ids in baselines.top_k(split, max(top_k)).items():
         for key, value in split_metrics(baselines.store, split, topk_ids, top_k, score_round).items():
             metrics[f"{name}.{key}"] = value
-        places[name] = ranks_from_topk(torch.from_numpy(topk_ids), target).numpy() - 1
+        places[name] = places_found(baselines.store, split, topk_ids).numpy() - 1
     return metrics, places

@@ -27,11 +27,10 @@ from config import Config
 from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
 from embedding import Touched
 from errors import ForeignFormatError, RunError, Terminated, UserError
-from evaluate import Ranker, Ranking, candidate_ids, move, split_metrics, trained_items, wanted_actions, without_cold
+from evaluate import Ranker, Ranking, candidate_ids, move, places_found, split_metrics, trained_items, wanted_actions, without_cold
 from experts import take_usage
 from features import FeatureColumns, FeatureInputs, TableLayout, dropped_ids, known_items_digest
 from logger import RunLogger
-from metrics import ranks_from_topk
 from model import Recommender, heads_of
 from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_touched
 from parallel import cores, give_freed_memory_back, keep_freed_memory
@@ -431,9 +430,8 @@ class Trainer:
         rows = self.quality_of(valid, ranking)
         board.write_evaluation(writer, self.step, rows, self.model if system.tensorboard_histograms else None)
         if system.tensorboard_figures:
-            target = torch.from_numpy(self.store.item_ids[valid.target].astype(np.int64))
-            ranks = ranks_from_topk(torch.from_numpy(ranking.topk_ids), target)
-            board.write_figures(writer, self.step, rows, metrics, ranks, ranking.topk_ids.shape[1])
+            places = places_found(self.store, valid, ranking.topk_ids)
+            board.write_figures(writer, self.step, rows, metrics, places, ranking.topk_ids.shape[1])
 
     @cached_property
     def item_counts(self) -> np.ndarray:
