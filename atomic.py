@@ -124,6 +124,19 @@ def replacing(path: Path, bytes_needed: int) -> Iterator[BinaryIO]:
         raise or_disk_full(error, path, bytes_needed) from None
 
 
+@contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill that becomes `path`, where nothing or an empty folder is, when the block ends well; else it goes."""
+    made = temporary_for(path)
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    try:
+        yield made
+        put_folder(made, path)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a whole text file (UTF-8) by `replacing`. RunError when the disk is full."""
     data = text.encode("utf-8")

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from averaging import mean_state
-from atomic import put_folder, temporary_for, write_text_atomic
+from atomic import making_folder, write_text_atomic
 from checkpoint import META, MODEL, Checkpoint, fits, link, link_or_copy, load_checkpoint, save_checkpoint
 from config import Config
 from dataset import Split
@@ -199,20 +199,15 @@ def write_ensemble(out: Path, paths: Sequence[Path], weights: Sequence[float] = 
     members = [Member(load_checkpoint(path, with_trainer=False), weight) for path, weight in zip(paths, weights)]
     _check_one_index(members)
     _refuse_used(out)
-    unfinished = temporary_for(out)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with making_folder(out) as unfinished:
         for number, member in enumerate(members):
             folder = unfinished / f"member{number}"
-            folder.mkdir(parents=True)
+            folder.mkdir()
             link_or_copy(member.path / MODEL, folder / MODEL)
             shutil.copyfile(member.path / META, folder / META)
         rows = [{"member": number, "weight": member.weight, "from": str(member.path)} for number, member in enumerate(members)]
         tree = {"format_version": FORMAT_VERSION, "scores": scores, "members": rows}
         write_text_atomic(unfinished / ENSEMBLE, json.dumps(tree, indent=1) + "\n")
-        put_folder(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from atomic import put_folder, temporary_for, write_text_atomic
+from atomic import making_folder, write_text_atomic
 from checkpoint import plain_json
 from columns import RaggedColumn
 from ensemble import Member
@@ -104,10 +103,7 @@ def export(served: Served, out: Path) -> Path:
     kernels.compiled(wait=True)  # its thread imports numba, which must not meet torch.export's stand-ins for the math module
     encoder = UserEncoder(model.cpu(), table.cpu()).eval()  # a graph made on a GPU would ask for one
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = temporary_for(out)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    with making_folder(out) as unfinished:
         tensors = {ITEMS: items, ENCODER: dict(encoder.state_dict())}
         for name, content in tensors.items():
             save_file({key: value.cpu().contiguous() for key, value in content.items()}, os.fspath(unfinished / name))
@@ -116,11 +112,6 @@ def export(served: Served, out: Path) -> Path:
         names = [None] + [row[0] if row else None for row in creative_ids(served.store, np.arange(1, served.store.num_items + 1)[:, None])]
         (unfinished / CREATIVES).write_text(json.dumps(names), encoding="utf-8")
         write_text_atomic(unfinished / CARD, json.dumps(card(served, member, fields, tensors, unfinished), indent=1) + "\n")
-        if out.exists():
-            out.rmdir()
-        put_folder(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
