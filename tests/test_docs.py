@@ -270,21 +270,23 @@ def test_command_is_well_formed(block, command):
                     raise AssertionError(f"{where}: {error}") from None
 
 
-@pytest.mark.parametrize("block", BASH or [pytest.param(None, marks=NOTHING)], ids=name_of)
-def test_commands_run(block, clone):
-    commands = [command for command in map(runnable, commands_of(block)) if command is not None]
-    script = "\n".join(["set -euo pipefail", *(f"echo {shlex.quote('$ ' + command)}\n{command}" for command in commands)])
-    done = clone / ".done"  # a block that stands in both documents runs once
-    if not commands or (done.is_file() and script in done.read_text(encoding="utf-8").split("\0")):
-        return
+@pytest.mark.parametrize("document", dict.fromkeys(block.document for block in BASH))
+def test_commands_run(document, clone):
+    """A document's blocks in one test, in order: a later one goes on with what an earlier one made, whichever process runs the test."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(["bash", "-c", script], cwd=clone, env=environment, capture_output=True, text=True, check=False,
-                            timeout=SECONDS, stdin=subprocess.DEVNULL)  # fmt: skip
-    output = (result.stdout[-3000:] + result.stderr[-3000:]).strip()
-    assert result.returncode == 0, f"{block.document}:{block.line}: exit status {result.returncode}\n{output}"
-    assert "Traceback" not in result.stderr, f"{block.document}:{block.line}:\n{output}"
-    with open(done, "a", encoding="utf-8") as file:
-        file.write(script + "\0")
+    faults, done = [], set()
+    for block in (block for block in BASH if block.document == document):
+        commands = [command for command in map(runnable, commands_of(block)) if command is not None]
+        script = "\n".join(["set -euo pipefail", *(f"echo {shlex.quote('$ ' + command)}\n{command}" for command in commands)])
+        if not commands or script in done:  # a block that stands in a document twice runs once
+            continue
+        done.add(script)
+        result = subprocess.run(["bash", "-c", script], cwd=clone, env=environment, capture_output=True, text=True, check=False,
+                                timeout=SECONDS, stdin=subprocess.DEVNULL)  # fmt: skip
+        if result.returncode != 0 or "Traceback" in result.stderr:
+            output = (result.stdout[-3000:] + result.stderr[-3000:]).strip()
+            faults.append(f"{document}:{block.line}: exit status {result.returncode}\n{output}")
+    assert not faults, "\n\n".join(faults)
 
 
 # ---- README_CN.md beside README.md --------------------------------------------------------------------------------------
