@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from atomic import fsync_folder, sync_tree, temporary_for
+from atomic import fsync_folder, remove, sync_tree, temporary_for
 from converters import amazon, movielens, recbole, s3rec
 from converters.raw import RawColumn, RawEvents, RawId, RawSet, RawTable
 from errors import ArgumentParser, UserError, disk_full, run_cli
@@ -34,6 +34,8 @@ RECIPES: dict[str, Callable[[Path], RawSet]] = {
     "amazon": amazon.read,
     "recbole": recbole.read,
 }
+# In the order in which an old result is removed; a new one comes in the other way round. A folder without seq is no data folder: whenever this
+# is cut short, nobody takes files of two conversions for one.
 WRITTEN = ("seq", "item_feat", "user_feat", "indexer.pkl", "schema.json")
 EVENTS_PER_PART = 1_000_000  # a part is about 10 MB, and some 60 MB while it is made
 ROWS_PER_PART = 500_000
@@ -313,10 +315,10 @@ def write_folder(out: Path, data: Numbered, items: FeatureTable, users: FeatureT
         sync_tree(temporary)
         out.mkdir(parents=True, exist_ok=True)
         for name in WRITTEN:
-            old = out / name
-            if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-            os.replace(temporary / name, old)
+            remove(out / name)
+        fsync_folder(out)
+        for name in reversed(WRITTEN):
+            os.replace(temporary / name, out / name)
         fsync_folder(out)
     except OSError as error:
         raise disk_full(error, out) or error from None

@@ -546,6 +546,26 @@ def test_a_failed_overwrite_leaves_the_old_result(tmp_path: Path, out: Path) -> 
     assert len(Folder(out).indexer["i"]) == 2
 
 
+@pytest.mark.parametrize("moved", range(len(convert.WRITTEN)))
+def test_an_overwrite_that_is_cut_short_is_no_mixture(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, moved: int) -> None:
+    run("s3rec", put(tmp_path / "x.txt", "1 1 2\n"), out)
+    longer, replace, done = put(tmp_path / "longer.txt", "1 1 2 3\n"), os.replace, []
+
+    def cut(source: Path, target: Path) -> None:
+        if len(done) == moved:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.os, "replace", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run("s3rec", longer, out, overwrite=True)
+    assert not (out / "seq").exists()  # so that nothing reads old files beside new ones
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".tmp-")] == []
+    assert len(run("s3rec", longer, out, overwrite=True).indexer["i"]) == 3
+
+
 def test_full_disk_is_a_run_error(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
