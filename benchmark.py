@@ -28,27 +28,26 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "baseline.yaml"
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The flags of `arguments`, or of the command line."""
-    parser = ArgumentParser(description="Ours against the organisers' baseline and faiss.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = ArgumentParser(description="Ours against the organisers' baseline and faiss.")
     sizes = Sizes()
     add = parser.add_argument
     add("--users", type=int, help=f"users of the synthetic data; {sizes.users:,} where not given")
     add("--items", type=int, help=f"items of the synthetic data; {sizes.items:,} where not given")
-    add("--features", choices=("scaled", "full"), default="scaled", help="tables of the data's sizes, or of TencentGR-1M's on both sides")
+    add("--features", choices=("scaled", "full"), default="scaled", help="tables of the data's sizes, or TencentGR-1M's, on both sides (%(default)s)")
     add("--hnsw", action="store_true", help="also faiss's HNSW at the baseline's settings (its build takes a quarter of an hour or more)")
     add("--json", metavar="FILE", help="write the flat results there")
-    add("--parts", default=",".join(PARTS), help="what to measure, with commas between")
-    add("--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="settings of both sides")
+    add("--parts", default=",".join(PARTS), help="what to measure, with commas between (%(default)s)")
+    add("--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="settings of both sides (%(default)s)")
     for name in ("hidden_units", "num_blocks", "num_heads"):
         add(f"--{name}", type=int, help=f"in place of the config's {name}, on both sides")
     add("--rounds", type=int, help=f"turns of each side; {sizes.rounds} where not given")
     add("--steps", type=int, help=f"our steps a turn, of which the reference makes a sixth; {sizes.steps} where not given")
-    add("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader workers of the reference to try; the fastest number is taken")
+    add("--workers", type=int, nargs="+", default=[0, 1, 2], help="reference's loader workers to try; the fastest is taken (%(default)s)")
     add("--widths", type=int, nargs="+", help=f"widths of retrieval; {' '.join(map(str, sizes.widths))} where not given")
     add("--candidates", type=int, help=f"candidates of retrieval; {sizes.candidates:,} where not given")
     add("--data", metavar="FOLDER", help="data in layout A (JSONL) in place of the synthetic")
     add("--parquet", metavar="FOLDER", help="the part compile also compiles this folder, in layout B")
-    add("--cache", metavar="FOLDER", default="cache/benchmark", help="where synthetic data and stores are kept")
+    add("--cache", metavar="FOLDER", default="cache/benchmark", help="where synthetic data and stores are kept (%(default)s)")
     add("--compile", action="store_true", help="our side with training.compile")
     add("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
     add("--debug", action="store_true", help="show tracebacks")
@@ -115,6 +114,7 @@ def rows_of(found: dict) -> list[tuple[str, str, str, str, str]]:
         row(f"compile {name}", f"{part}.mb_per_s", "MB/s")
         row("  events", f"{part}.rows_per_s", "a second")
         row("  seconds", f"{part}.seconds", "s")
+        row("  seconds for the embeddings besides", f"{part}.embedding_seconds", "s")
         row("  peak RssAnon, all processes", f"{part}.peak_anon_mib", "MiB")
         row("  VmHWM, all processes", f"{part}.peak_hwm_mib", "MiB")
     for width in sorted(int(key.split(".")[1]) for key in found if key.startswith("retrieval.") and key.endswith(".prepare_s")
@@ -127,6 +127,7 @@ def rows_of(found: dict) -> list[tuple[str, str, str, str, str]]:
             f"{of}.faiss_users_per_s",
             ratio=of,
         )
+        row("  with nothing removed", f"{of}.plain_users_per_s", "users/s")
     row("  HNSW (build apart)", "retrieval.users_per_s" if "hnsw.build_s" in found else "", "users/s", "hnsw.users_per_s")
     row(f"loss: full softmax of {found.get('loss.items', 0):,} items / 1,024 sampled, a step", "loss.full_step_s", "ms",
         "loss.sampled_step_s", ratio="loss", scale=1e3)  # fmt: skip

@@ -5,7 +5,8 @@ Must not know users, item ids, models or metrics; it ranks the rows of one matri
 Legend: B queries, C candidates, D width, K results, S candidates a block, G groups of candidates, F folds (16 groups), P pairs.
 
 The ranking is defined by one number a pair, whatever the batch size, block size, first pass or device: the inner product summed in
-float64 in a fixed order and rounded to float32; ties go to the lowest index. So a query's answer is the same bit for bit in a batch
+float64 in a fixed order and rounded to float32; ties go to the lowest index. (Scores 1e-5 apart keep their order below 128, where float32's
+places are that far apart; further up, closer ones are ties.) So a query's answer is the same bit for bit in a batch
 of 1, 7 or 512 (tested), and by construction on CUDA (not yet run there). How it is found:
 1. Scores of a block of candidates x queries stay in cache, in float32, or in bfloat16 on CPUs that multiply it in hardware; only the
    maximum of each group of candidates is kept.
@@ -287,9 +288,16 @@ def _first_pass_error(query: Tensor, catalogue: Catalogue, low: bool) -> Tensor:
         rounded = query.bfloat16().float()
         return 1.01 * (_row_norms(query - rounded) * max_norm + _row_norms(rounded) * catalogue.max_residual + roundoff) + tiny
     # Where a caller lowered the precision, TF32 (CUDA) or bfloat16 (CPU) products may stand in for float32 ones.
-    if torch.get_float32_matmul_precision() != "highest" or (query.is_cuda and torch.backends.cuda.matmul.allow_tf32):
+    if not _products_are_float32(query.is_cuda):
         roundoff = roundoff + 2.1 * BFLOAT16_ROUNDOFF * norm * max_norm
     return 1.01 * roundoff + tiny
+
+
+def _products_are_float32(on_cuda: bool) -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest" and not (on_cuda and torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # set by torch's newer fp32_precision: the older interface does not say to what
+        return False
 
 
 def _query_ranges(counts: list[int], pairs_per_fold: int) -> list[tuple[int, int]]:

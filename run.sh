@@ -9,6 +9,7 @@ export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"  # lines appear when they are p
 # One thread a core that this process may use: libraries guess differently, and threads past the cores only wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)}"
 export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"  # glibc keeps freed memory for each thread: with many arenas a long run grows
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.tcache_count=0}"  # else small objects pin the holes between torch's blocks: twice the heap
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"  # batches vary in length: less fragmentation
 export CUBLAS_WORKSPACE_CONFIG="${CUBLAS_WORKSPACE_CONFIG:-:4096:8}"  # cuBLAS gives the same sums in every run
 export CUDA_DEVICE_ORDER="${CUDA_DEVICE_ORDER:-PCI_BUS_ID}"  # cuda:N means the device that nvidia-smi calls N

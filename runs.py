@@ -43,7 +43,7 @@ _OWN_FILES = (
 # The item vectors for TensorBoard's projector (board.py), in the folder of the events.
 PROJECTOR_FILES = ("projector_config.pbtxt", "item_vectors.tsv", "item_metadata.tsv")
 _ENVIRONMENT_VARIABLES = (
-    "OMP_NUM_THREADS", "MALLOC_ARENA_MAX", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 
 

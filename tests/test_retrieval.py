@@ -168,6 +168,18 @@ def test_lowered_matmul_precision_stays_exact():
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no fp32_precision")
+def test_products_lowered_by_the_newer_interface():
+    generator = torch.Generator().manual_seed(7)
+    query, item_emb = torch.randn(20, 32, generator=generator), torch.randn(6000, 32, generator=generator)
+    want = topk_exact(query, item_emb, 10)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(topk_exact(query, item_emb, 10), want))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
 def test_first_pass_errors_stay_below_their_bound():
     generator = torch.Generator().manual_seed(8)
     query, item_emb = torch.randn(64, 40, generator=generator), torch.randn(2000, 40, generator=generator)

@@ -13,6 +13,7 @@ RUN_SH = Path(__file__).resolve().parents[1] / "run.sh"
 VARIABLES = {
     "PYTHONUNBUFFERED": "1",
     "MALLOC_ARENA_MAX": "2",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
