@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--users", type=int, help=f"users of the synthetic data; {sizes.users:,} where not given")
     add("--items", type=int, help=f"items of the synthetic data; {sizes.items:,} where not given")
-    add("--features", choices=("scaled", "full"), default="scaled", help="tables of the data's sizes, or TencentGR-1M's, on both sides (%(default)s)")
+    add("--features", choices=("scaled", "full"), default="scaled", help="tables of the data's sizes, or TencentGR-1M's (%(default)s)")
     add("--hnsw", action="store_true", help="also faiss's HNSW at the baseline's settings (its build takes a quarter of an hour or more)")
     add("--json", metavar="FILE", help="write the flat results there")
     add("--parts", default=",".join(PARTS), help="what to measure, with commas between (%(default)s)")
@@ -147,6 +147,7 @@ def differences(run: Benchmark) -> list[str]:
         model, training, data = (run.settings[group] for group in ("model", "training", "data"))
         dropout, workers = model["attention_dropout"] or "off (it would leave the flash kernel)", found.get("reference.num_workers")
         lines.append(f"attention dropout: ours {dropout}, the reference's {model['dropout_rate']}.")
+        lines.append(f"initial weights: ours of std {model['init_std']:g} in tables, dense layers by their inputs; the reference's Xavier.")
         lines.append(
             f"state of the table: ours {training['table_optimizer']} on the rows that a step touches;\n"
             "  the reference's dense Adam updates every row of every table in each step."
