@@ -99,14 +99,19 @@ def train(arguments: ParsedArguments) -> int:
         overwrite=options.overwrite,
     )
     logger = open_logger(config, run, resume_step=resume_step(run))
-    step = resume_step(run) or 0
+    step, refused = resume_step(run) or 0, bool(run.before)
     try:
         banner(logger, arguments, config, run, device)
         trainer = build_trainer(config, run, logger, device)
-        write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
-        logger.draw(lambda writer: write_start(writer, dump_yaml(config)))
+        trainer.take_up()
         if options.state_dict_path is not None and run.resume_from is None:
             load_weights(trainer, options)
+        refused = False
+        if run.continued and trainer.has_ended():  # the settings that the run was trained with are those it is known by
+            logger.say(nothing_left(trainer))
+        else:
+            write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
+            logger.draw(lambda writer: write_start(writer, dump_yaml(config)))
         logger.total_steps = trainer.total_steps
         try:
             trainer.fit()
@@ -119,10 +124,10 @@ def train(arguments: ParsedArguments) -> int:
         metrics = run_test(trainer)
         write_status(run.log_dir, "finished", step)
         report = write_report(run.log_dir)
-        say_what_next(logger, run, config, metrics, report)
+        say_what_next(logger, run, trainer, metrics, report)
         return 0
     except UserError as error:
-        if run.continued or run.resume_from is not None:
+        if refused:
             restore_status(run)
         else:
             write_status(run.log_dir, "failed", step, str(error))
@@ -433,8 +438,29 @@ def same_command(*more: str) -> str:
     return shlex.join(["python", "main.py", *kept, *more])
 
 
-def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dict, report: Path) -> None:
-    longer = "max_steps" if config.training.max_steps else "num_epochs"
+def nothing_left(trainer: Trainer) -> str:
+    """The line of a resumed run that has no step left to train."""
+    training, why, keys = trainer.config.training, [], []
+    if trainer.step >= trainer.total_steps:
+        why.append(f"{trainer.step:,} steps are done and the settings ask for {trainer.total_steps:,}")
+        keys.append("max_steps" if training.max_steps else "num_epochs")
+    if trainer.out_of_patience():
+        why.append(f"the last {trainer.evaluations_since_best} evaluations were no better")
+        keys.append("patience")
+    raised = " and ".join(f"{key} (now {trainer.config.get(key):,})" for key in keys)
+    return f"nothing left to train: {'; '.join(why)}. To go on raise {raised}. config.resolved.yaml stays as it was."
+
+
+def longer(trainer: Trainer) -> list[str]:
+    """The flags of a run that goes on from this one's end for as long again."""
+    training = trainer.config.training
+    if training.max_steps:
+        return ["--max_steps", str(2 * max(training.max_steps, trainer.step))]
+    epochs = ["--num_epochs", str(2 * max(training.num_epochs, trainer.epoch))]
+    return [*epochs, "--patience", str(2 * trainer.evaluations_since_best)] if trainer.out_of_patience() else epochs
+
+
+def say_what_next(logger: RunLogger, run: RunPaths, trainer: Trainer, metrics: dict, report: Path) -> None:
     logger.banner(
         "done",
         [
@@ -444,7 +470,7 @@ def say_what_next(logger: RunLogger, run: RunPaths, config: Config, metrics: dic
             ("report", report),
             ("peak memory", f"{peak_rss_gib():.2f} GiB"),
             ("watch", f"tensorboard --logdir {run.tensorboard_dir}"),
-            ("train longer", same_command("--resume_path", str(run.checkpoint_dir), f"--{longer}", str(2 * config.get(longer)))),
+            ("train longer", same_command("--resume_path", str(run.checkpoint_dir), *longer(trainer))),
             ("evaluate again", same_command("--inference_only", "--state_dict_path", str(run.checkpoint_dir / "best_model.pt"))),
             ("your own data", "set data_path in config.yaml; USAGE.md tells what the folder holds"),
         ],

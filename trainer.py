@@ -24,7 +24,7 @@ import board
 import checkpoint as checkpoints
 from compatibility import changed_since, check_compatible
 from config import Config
-from dataset import Batch, BatchBuilder, NegativeSampling, Split, Splits, TrainingOrder, prefetch, training_item_counts
+from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch, training_item_counts
 from embedding import Touched
 from errors import ForeignFormatError, RunError, Terminated, UserError
 from evaluate import Ranker, Ranking, candidate_ids, move, places_found, split_metrics, trained_items, wanted_actions, without_cold
@@ -85,12 +85,13 @@ class Trainer:
         device: torch.device,
     ) -> None:
         self.config, self.store, self.layout, self.embeddings, self.splits = config, store, layout, embeddings, splits
-        self.run, self.logger, self.device = run, logger, device
+        self.run, self._resume_from, self.logger, self.device = run, run.resume_from, logger, device
         training = config.training
         self.model = build_model(config, layout, store.schema, embeddings).to(device)
         self.columns = FeatureColumns(store, layout, embeddings)
         self._note_trained_items()
-        self.builder = BatchBuilder(store, splits.train, config.model.max_seq_length, config.system.seed, self._negatives())
+        sampling = negative_sampling(config, lambda: self.item_counts)
+        self.builder = BatchBuilder(store, splits.train, config.model.max_seq_length, config.system.seed, sampling)
         self.order = TrainingOrder(
             splits.train, training.batch_size, config.system.seed, config.model.max_seq_length, config.data.length_buckets
         )
@@ -116,9 +117,6 @@ class Trainer:
         self._shares: list[_Share] = []  # of the update that is being made, a batch each
 
     # What only training needs is made when it is first asked for: an evaluation holds no moments.
-
-    def _negatives(self) -> NegativeSampling:
-        return negative_sampling(self.config, lambda: self.item_counts)
 
     @cached_property
     def loss(self) -> TrainingLoss:
@@ -165,16 +163,25 @@ class Trainer:
         """Train to the end, or until a signal or the patience stops it; evaluates and saves on the way."""
         for line in self.updates.too_long_warmups():
             self.logger.warn_once(line)
-        if self.run.resume_from is not None:
-            self._resume(self.run.resume_from)
+        self.take_up()
         self._note_trained_items()  # a run that starts from other weights adds its own
         with self._signals_noted():
             # Where a signal or a kill came between the last step and its evaluation, that evaluation is still due.
-            while (self.step < self.total_steps or self.evaluated_step != self.step) and not self._out_of_patience():
+            while (self.step < self.total_steps or self.evaluated_step != self.step) and not self.out_of_patience():
                 self._train_epoch()
                 if self.stop_signal:
                     self.save(None)
                     return
+
+    def take_up(self) -> None:
+        """Go on from the run's checkpoint, where it has one, once: at the latest in `fit`. UserError where it does not fit."""
+        if path := self._resume_from:
+            self._resume_from = None
+            self._resume(path)
+
+    def has_ended(self) -> bool:
+        """Whether there is no step left to train, or no patience; an evaluation may still be due."""
+        return self.step >= self.total_steps or self.out_of_patience()
 
     def _train_epoch(self) -> None:
         """The rest of the present epoch, from self.batch on; then evaluation and a checkpoint."""
@@ -235,7 +242,7 @@ class Trainer:
                 return
         every = self.config.training.save_every_steps
         due = self.epoch % self.config.system.save_frequency == 0 or (every and self.step % every == 0)
-        if ends or is_best or due or self._out_of_patience():
+        if is_best or due or self.has_ended():
             path = self.save(valid_loss)
             if whole:
                 checkpoints.link(self.run.checkpoint_dir, f"checkpoint_epoch_{self.epoch}.pt", path)
@@ -296,9 +303,6 @@ class Trainer:
             self.action_loss_sum += action_loss
         self.optimizer.zero_grad(set_to_none=True)
 
-    def learning_rate_factor(self, step: int) -> float:
-        return self.updates.learning_rate_factor(step, "dense")
-
     def _autocast(self):
         dtype = AUTOCAST.get(self.config.training.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
@@ -355,12 +359,9 @@ class Trainer:
 
     def _expert_shares(self) -> dict[str, float]:
         """The tokens' largest and smallest share of an expert since the last log line, over all blocks; {} without experts."""
-        shares = take_usage(self.model.backbone).values()
-        return (
-            {"expert_share_max": max(float(s.max()) for s in shares), "expert_share_min": min(float(s.min()) for s in shares)}
-            if shares
-            else {}
-        )
+        if not (shares := [share for one in take_usage(self.model.backbone).values() for share in one.tolist()]):
+            return {}
+        return {"expert_share_max": max(shares), "expert_share_min": min(shares)}
 
     # ---- evaluation ----
 
@@ -445,7 +446,7 @@ class Trainer:
         values = user_values(ranking.topk_ids, self.store.item_ids[split.target])
         return quality(groups_of(self.store, split, self.item_counts, is_candidate), *values)
 
-    def _out_of_patience(self) -> bool:
+    def out_of_patience(self) -> bool:
         training = self.config.training
         return bool(training.patience and not training.max_steps and self.evaluations_since_best >= training.patience)
 

@@ -108,6 +108,21 @@ def metrics_of(log_dir: Path) -> dict:
     return {key: value for key, value in json.loads((log_dir / "metrics.json").read_text()).items() if key != "checkpoint"}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below, byte by byte, but the locks: these name the last process that held them."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"
+    }
+
+
+# Flags with which no run of SMALL goes on, and a word of what is said.
+REFUSED = [
+    (("--batch_size", 8), "batch_size"),
+    (("--hidden_units", 16), "hidden_units: 8 there, 16 here"),
+    (("--data_path", "other_data"), "checkpoint"),
+]
+
+
 def assert_mistake(result: Result, *words: str, lines: int = 3) -> None:
     """Exit status 2 and a short message on stderr with these words, no traceback."""
     assert result.status == 2, result
@@ -391,12 +406,18 @@ def test_resume_finds_the_newest_unfinished_run(world, monkeypatch, tmp_path):
 def test_resume_with_other_settings_is_refused_and_changes_nothing(world):
     assert start_and_stop(world, "other", signal.SIGTERM) == 143
     log = world.cwd / "other/log"
-    before = (log / "status.json").read_text(), (log / "train.log").read_bytes()
-    assert_mistake(world.run(*places(Path("other")), "--resume", "--batch_size", 8), "batch_size")
-    assert_mistake(world.run(*places(Path("other")), "--resume", "--hidden_units", 16), "hidden_units: 8 there, 16 here")
-    assert (log / "train.log").read_bytes() == before[1]
-    assert json.loads(before[0])["state"] == status_of(log)["state"] == "interrupted"
+    generate(world.cwd / "other_data", 60, 90, "jsonl", max_length=10, mean_length=7)
+    before = contents(world.cwd / "other")
+    assert status_of(log)["state"] == "interrupted"
+    for flags, words in REFUSED:
+        assert_mistake(world.run(*places(Path("other")), "--resume", *flags), words)
+        assert contents(world.cwd / "other") == before, words
     assert_went_on_exactly(world, "other", world.run(*places(Path("other")), "--resume"), step=6)
+    # A finished run is refused in the same way, asked for by its checkpoints.
+    before = contents(world.cwd / "other")
+    for flags, words in REFUSED:
+        assert_mistake(world.run(*places(Path("other")), "--resume_path", "other/ckpt", "--num_epochs", 4, *flags), words)
+        assert contents(world.cwd / "other") == before, words
 
 
 def test_a_loss_that_is_not_finite_is_status_1(world):

@@ -146,7 +146,7 @@ def test_max_steps_rules_over_epochs_and_patience(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=13, num_epochs=1, patience=1, learning_rate=1e-9)
     trainer.fit()
     assert trainer.step == 13 and len(losses_of(tmp_path)) == 13
-    assert trainer.learning_rate_factor(13) == pytest.approx(0.1)  # the schedule ends there
+    assert trainer.updates.learning_rate_factor(13, "dense") == pytest.approx(0.1)  # the schedule ends there
 
 
 def test_patience_stops(tmp_path):

@@ -114,12 +114,13 @@ def test_steps_count_updates(tmp_path):
     trainer.fit()
     assert trainer.step == trainer.total_steps == 6 and list(losses_of(tmp_path / "a")) == [1, 2, 3, 4, 5, 6]
     assert built == [(epoch, number) for epoch in range(2) for number in range(5)]  # in the usual order
-    assert trainer.learning_rate_factor(6) == pytest.approx(0.1)
+    assert trainer.updates.learning_rate_factor(6, "dense") == pytest.approx(0.1)
     assert {path.name.split(".")[0] for path in checkpoints.list_checkpoints(tmp_path / "a")} == {"global_step3", "global_step6"}
     stops = make_trainer(tmp_path / "b", accumulate_steps=2, max_steps=4)
     stops.fit()
     assert (stops.step, stops.epoch, stops.batch) == (4, 1, 2)
-    assert make_trainer(tmp_path / "c", accumulate_steps=2, lr_scheduler="step").learning_rate_factor(3) == 0.5  # an epoch is 3 steps
+    halved = make_trainer(tmp_path / "c", accumulate_steps=2, lr_scheduler="step")
+    assert halved.updates.learning_rate_factor(3, "dense") == 0.5  # an epoch is 3 steps
 
 
 def test_a_batch_that_is_not_finite_stops_the_update_of_all(tmp_path):
