@@ -34,8 +34,8 @@ RECIPES: dict[str, Callable[[Path], RawSet]] = {
     "amazon": amazon.read,
     "recbole": recbole.read,
 }
-# In the order in which an old result is removed; a new one comes in the other way round. A folder without seq is no data folder: whenever this
-# is cut short, nobody takes files of two conversions for one.
+# In the order in which an old result is removed; a new one comes in the other way round. A folder without seq is no data folder: whenever
+# this is cut short, nobody takes files of two conversions for one.
 WRITTEN = ("seq", "item_feat", "user_feat", "indexer.pkl", "schema.json")
 EVENTS_PER_PART = 1_000_000  # a part is about 10 MB, and some 60 MB while it is made
 ROWS_PER_PART = 500_000

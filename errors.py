@@ -74,6 +74,29 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class OutOfTimeError(Exception):
+    """The time of `at_most` is over."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Within it OutOfTimeError after so many seconds: for work that may be left undone. No limit outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise OutOfTimeError(f"more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def disk_full(error: OSError, path: object, bytes_needed: int | None = None) -> RunError | None:
     """The RunError for a full disk (or quota, or file size limit); None when `error` is something else."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -13,11 +13,12 @@ import board
 import checkpoint as checkpoints
 from atomic import write_text_atomic
 from baselines import Baselines
-from dataset import generator
+from dataset import Split, generator
 from errors import RunError, UserError
 from evaluate import Ranking, baseline_results
 from ranks import write_ranks
-from report_data import write_report_data
+from report_data import REPORT_DATA, VERSION, write_data_facts, write_report_data
+from report_read import read_json
 from trainer import Trainer
 
 # Pairs of user and candidate over which the exact ranks of test targets are counted: a minute or so on two cores.
@@ -42,6 +43,25 @@ def run_test(trainer: Trainer) -> dict:
     return write_test_metrics(trainer, best)
 
 
+def tested_split(trainer: Trainer) -> tuple[str, Split]:
+    """(name, users) of what the run ends with: the test split, with eval.test false the validation split."""
+    return ("test", trainer.splits.test) if trainer.config.eval.test else ("valid", trainer.splits.valid)
+
+
+def note_data(trainer: Trainer) -> None:
+    """The data's figures into the run folder, where they are not there yet: a run that ends before its test is reported with them."""
+    folder, store = trainer.run.log_dir, trainer.store
+    there = read_json(folder / REPORT_DATA)
+    if "data" in there and (there.get("version"), there.get("fingerprint")) == (VERSION, store.manifest["fingerprint"]):
+        return
+    splits, candidates = trainer.splits._replace(test=tested_split(trainer)[1]), np.unique(trainer.candidates)
+    more = {"seed": trainer.config.system.seed, "embeddings": trainer.embeddings}
+    try:
+        write_data_facts(folder, store, splits, candidates, trainer.item_counts, **more)
+    except RunError as error:  # a full disk: the report will lack them, and the run may yet find room
+        trainer.logger.warn_once(str(error).splitlines()[0])
+
+
 def users_to_rank(num_users: int, num_candidates: int, seed: int) -> np.ndarray:
     """(num_users,) bool: whose targets' exact ranks are counted; all, or as many as MAX_RANKED_PAIRS allows, drawn at random."""
     most = max(1000, MAX_RANKED_PAIRS // max(1, num_candidates))
@@ -56,7 +76,7 @@ def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> 
     With eval.test false all of it is the validation split's, and the test split is not looked at.
     """
     config = trainer.config.eval
-    name, test = ("test", trainer.splits.test) if config.test else ("valid", trainer.splits.valid)
+    name, test = tested_split(trainer)
     asked = users_to_rank(test.num_samples, len(trainer.candidates), trainer.config.system.seed)
     ranking = trainer.rank(test, asked)
     metrics = trainer.metrics_of(test, ranking)

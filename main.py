@@ -33,11 +33,11 @@ from doctor_findings import FAIL, Finding
 from doctor_machine import check_paths
 from dry_run import try_out
 from ensemble import Member, read_ensemble
-from errors import UserError, run_cli, terminable
+from errors import RunError, UserError, at_most, run_cli, terminable
 from estimate import Data, estimate_run
 from evaluate import Ranker
 from features import TableLayout, choose_embeddings
-from final_test import run_test, write_test_metrics
+from final_test import note_data, run_test, write_test_metrics
 from logger import RunLogger, peak_rss_gib
 from machine import scratch_near, torch_warning
 from report import write_report
@@ -49,6 +49,8 @@ from trainer import Trainer
 
 DEMO_FOLDER = Path("demo_data")
 DEMO = {"users": 4000, "items": 6000, "seed": 1}  # trains within a minute or two on two cores and beats the baselines clearly
+
+REPORT_SECONDS = 4.0  # for the report of a run that was stopped: whoever sent the signal waits ten for all of it
 
 
 def main() -> int:
@@ -112,6 +114,7 @@ def train(arguments: ParsedArguments) -> int:
         else:
             write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
             logger.draw(lambda writer: write_start(writer, dump_yaml(config)))
+            note_data(trainer)
         logger.total_steps = trainer.total_steps
         try:
             trainer.fit()
@@ -119,6 +122,7 @@ def train(arguments: ParsedArguments) -> int:
             step = trainer.step
         if trainer.stop_signal:
             write_status(run.log_dir, "interrupted", step, f"signal {trainer.stop_signal}")
+            report_early_end(run, logger)
             logger.say(f"interrupted at step {step}; checkpoint written. Go on with: {same_command('--resume')}")
             return 128 + trainer.stop_signal
         metrics = run_test(trainer)
@@ -130,10 +134,10 @@ def train(arguments: ParsedArguments) -> int:
         if refused:
             restore_status(run)
         else:
-            write_status(run.log_dir, "failed", step, str(error))
+            note_failure(run, logger, step, error)
         raise
     except BaseException as error:
-        note_failure(run, step, error)
+        note_failure(run, logger, step, error)
         raise
     finally:
         logger.close()
@@ -219,17 +223,32 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
         logger.say(f"metrics: {run.log_dir / 'metrics.json'}; report: {write_report(run.log_dir)}")
         return 0
     except BaseException as error:
-        note_failure(run, 0, error)
+        note_failure(run, logger, 0, error)
         raise
     finally:
         logger.close()
 
 
-def note_failure(run: RunPaths, step: int, error: BaseException) -> None:
-    """The status of a run that ends with this error. One that was finished stays so: its report alone is missing."""
+def note_failure(run: RunPaths, logger: RunLogger, step: int, error: BaseException) -> None:
+    """Status and report of a run that ends with this error. One that was finished stays so: its report alone is missing."""
     if read_status(run.log_dir).get("state") != "finished":
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        write_status(run.log_dir, state, step, f"{type(error).__name__}: {error}")
+        write_status(run.log_dir, state, step, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        report_early_end(run, logger)
+
+
+def report_early_end(run: RunPaths, logger: RunLogger) -> None:
+    """report.html of a run that did not come to its test. Whatever fails here must not stand before the run's own error, which follows."""
+    try:
+        with at_most(REPORT_SECONDS):
+            report = write_report(run.log_dir)
+    except (RunError, KeyboardInterrupt):  # a full disk has been said, and who sends a second signal does not wait for a report
+        return
+    except Exception as failure:
+        what = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+        logger.say(f"no report was written ({what}). Try: python report.py {shlex.quote(str(run.log_dir))}")
+        return
+    logger.say(f"report: {report}")
 
 
 def ranker_of_member(arguments: ParsedArguments, member: Member, trainer: Trainer) -> Ranker:

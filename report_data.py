@@ -53,8 +53,20 @@ def write_report_data(
         "samples": sample_users(store, splits.test, ranking, candidate_ids, counts, seed),
     }
     path = Path(folder) / REPORT_DATA
-    write_text_atomic(path, json.dumps(plain_json(tree), ensure_ascii=False, separators=(",", ":")) + "\n")
+    _write(path, tree)
     return path
+
+
+def write_data_facts(folder: Path, store, splits: Splits, candidate_ids: np.ndarray, counts: np.ndarray, *, seed: int, embeddings) -> Path:
+    """folder/report.json of a run that is not tested yet: the data's figures alone. Arguments as of write_report_data."""
+    facts = data_facts(store, splits, counts, candidate_ids, seed, embeddings)
+    path = Path(folder) / REPORT_DATA
+    _write(path, {"version": VERSION, "fingerprint": store.manifest["fingerprint"], "data": facts})
+    return path
+
+
+def _write(path: Path, tree: dict) -> None:
+    write_text_atomic(path, json.dumps(plain_json(tree), ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 def rank_histogram(ranks: np.ndarray) -> dict:

@@ -106,6 +106,8 @@ def incomparable(run: Run, other: Run) -> str:
 
 def best_earlier(run: Run) -> Run | None:
     """The run beside this one's folder that ended earlier and has the best comparable test NDCG@10; None where there is none."""
+    if number(run.metrics.get("ndcg@10")) is None:
+        return None
     try:
         own = run.folder.resolve()
         with os.scandir(own.parent) as entries:

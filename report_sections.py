@@ -20,11 +20,10 @@ from ranks import Ranks
 from report_compare import FEW, METRICS, against, less_baseline, plain, shown, signed
 from report_html import NONE, Html, bar, count, details, esc, facts, heading, metric, note, number, percent, pre, section, table, tiles
 from report_read import Run, curve
-from report_users import moment
+from report_users import absent, moment
 from slices import MIN_USERS, worst
 
 BASELINES = {"popularity": "popularity", "recent": "most recent", "item2item": "item-to-item"}
-MISSING = "is missing: this run was tested before the report kept them, or not at all."
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
@@ -177,9 +176,7 @@ def curves_section(run: Run) -> Html:
 def data_section(run: Run) -> Html:
     data = run.report.get("data")
     if not data:
-        return section(
-            "Data", note("report.json with the data's figures is missing: this run was tested before the report kept them, or not at all.")
-        )
+        return section("Data", absent(run, "figures of the data"))
     splits, lengths, cold = data["splits"], data["lengths"], data["cold"]
     popular = data["popularity"]
     longest = f"10 % have at most {lengths['p10']:,.0f} and 10 % at least {lengths['p90']:,.0f}, the longest {lengths['max']:,}"
@@ -249,7 +246,7 @@ def _coverage(features: Sequence[dict]) -> Html:
 def quality_section(run: Run) -> Html:
     quality = run.report.get("quality")
     if not quality:
-        return section("Quality by slice", note(f"report.json with slices {MISSING}"))
+        return section("Quality by slice", absent(run, "slices"))
     slices, overall = quality["slices"], number(run.metrics.get("ndcg@10"))
     words = [f"{row['slice']} {row['group']} ({row['ndcg@10']:.4f}, {row['num_users']:,} users)" for row in worst(slices)]
     compared = "" if overall is None else f", against {overall:.4f} of all"

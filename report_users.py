@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
-from report_html import NONE, Html, count, details, esc, facts, heading, note, section, table
+from report_html import NONE, Html, count, details, esc, facts, heading, note, number, section, table
 from report_read import Run
 from schema import ACTION_NAMES
 
@@ -16,10 +16,24 @@ OPENED = 1  # users shown at once; the others unfold
 VALUES = 4  # values of a feature that are shown
 
 
+def absent(run: Run, part: str) -> Html:
+    """The note in place of a part of report.json: the run has not come to its test, or it was tested by an earlier version."""
+    state, step = str(run.status.get("state", "unknown")), run.status.get("step", "unknown")
+    if number(run.metrics.get("ndcg@10")) is not None:
+        return note(f"report.json with {part} is missing: this run was tested before the report kept them.")
+    later = "" if run.status.get("kind") == "eval" else " The first of the commands below goes on with it."
+    if state == "running":
+        return note(f"No {part}: the run has not come to its test yet, or was killed before it.{later}")
+    if state in ("interrupted", "failed"):
+        ended = "was interrupted" if state == "interrupted" else "failed"
+        return note(f"No {part}: the run {ended} at step {step}, before its test.{later}")
+    return note(f"No {part}: the folder holds no test of the run.")
+
+
 def users_section(run: Run) -> Html:
     samples = run.report.get("samples")
     if not samples:
-        return section("Sample users", note("report.json with sample users is missing: this run was tested before the report kept them."))
+        return section("Sample users", absent(run, "sample users"))
     coverage = run.report.get("data", {}).get("coverage", [])
     names = {feature["id"]: feature["name"] for feature in coverage if feature["name"]}
     num_candidates = run.metrics.get("num_candidates")  # for "rank 12 of 4,000"
