@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ _TRAIN_TAGS = {
     "expert_share_max": "experts/share_max", "expert_share_min": "experts/share_min",
 }  # fmt: skip
 _BOLD, _GREEN, _RED, _YELLOW, _PLAIN = "\033[1m", "\033[32m", "\033[31m", "\033[33m", "\033[0m"
+_BAR_WIDTHS = ((110, 20), (60, 10))  # (columns from which on, width of the bar); a narrower terminal has text alone
 _TAIL_BYTES = 1 << 16  # of train.log, in which its last line is sought
 _FLUSH_SECONDS = 10  # what a killed run loses of TensorBoard's curves at most
 
@@ -98,10 +100,14 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def train_text(record: dict, total_steps: int = 0, seconds_left: float | None = None) -> str:
-    """The console's line of a training record; what the record lacks is left out."""
+def train_text(record: dict, total_steps: int = 0, seconds_left: float | None = None, width: int | None = None) -> str:
+    """The console's line of a training record; what the record lacks is left out.
+
+    width: of the terminal, columns. The time left stands next to the step then, and the last fields are left out where they do not fit.
+    """
     of = f"/{total_steps:,}" if total_steps else ""
     parts = [f"step {record['global_step']:,}{of}"]
+    left = [] if seconds_left is None else [f"left {format_duration(seconds_left)}"]
     formats: tuple[tuple[str, Callable[[float], str]], ...] = (
         ("epoch", lambda value: f"epoch {value:g}"),
         ("loss", lambda value: f"loss {value:.4f}"),
@@ -111,9 +117,12 @@ def train_text(record: dict, total_steps: int = 0, seconds_left: float | None = 
         ("data_wait", lambda value: f"wait {100 * value:.0f} %"),
         ("rss_gib", lambda value: f"mem {value:.2f} GiB"),
     )
-    parts += [text(record[key]) for key, text in formats if record.get(key) is not None]
-    if seconds_left is not None:
-        parts.append(f"left {format_duration(seconds_left)}")
+    fields = [text(record[key]) for key, text in formats if record.get(key) is not None]
+    if width is None:
+        return "  ".join([*parts, *fields, *left])
+    parts += [*left, *fields]
+    while len(parts) > 1 and len("  ".join(parts)) > width:
+        parts.pop()
     return "  ".join(parts)
 
 
@@ -302,11 +311,9 @@ class RunLogger:
             if record.get(key) is not None:
                 self._scalar(tag, record[key], step)
         self._scalar("time", time.monotonic() - self._started, step)
-        text = train_text(record, self.total_steps, self._seconds_left(step))
-        if self._terminal and self._console and self.total_steps:
-            self._show_bar(step, text)
-        else:
-            self.say(text)
+        left = self._seconds_left(step)
+        if not (self._terminal and self._console and self.total_steps and self._show_bar(record, left)):
+            self.say(train_text(record, self.total_steps, left))
 
     def eval_line(self, step: int, epoch: float, split: str, metrics: dict, best_so_far: dict | None = None) -> None:
         """An evaluation: a line with "split" in train.log, TensorBoard's scalars, and a table with the change to the best so far.
@@ -354,17 +361,38 @@ class RunLogger:
             return None
         return max(self.total_steps - step, 0) * (now - self._first[1] - self._paused) / steps + self._pauses_ahead
 
-    def _show_bar(self, step: int, text: str) -> None:
+    def _show_bar(self, record: dict, left: float | None) -> bool:
+        """Bar and text on the terminal's last line; False where tqdm is missing."""
+        step, columns = record["global_step"], self._columns() - 1  # some terminals wrap when the last column is written
+        bar = next((width for least, width in _BAR_WIDTHS if columns >= least), 0)
+        head = f"{{percentage:3.0f}} % |{{bar:{bar}}}| " if bar else "{percentage:3.0f} %  "
+        text = train_text(record, self.total_steps, left, columns - (bar + 8 if bar else 7))
         if self._bar is None:
             try:
                 from tqdm import tqdm
             except ImportError:
-                self.say(text)
-                return
-            layout = "{percentage:3.0f} % |{bar:20}| {desc}"
-            self._bar = tqdm(total=self.total_steps, initial=step, file=self._stream, bar_format=layout, dynamic_ncols=True, ascii=" =")
-        self._bar.n = min(step, self.total_steps)
+                return False
+            self._bar = tqdm(total=self.total_steps, initial=step, file=self._stream, ncols=columns, bar_format="{desc}", ascii=" =")
+        self._bar.ncols, self._bar.bar_format, self._bar.n = columns, head + "{desc}", min(step, self.total_steps)
         self._bar.set_description_str(text)
+        return True
+
+    def _columns(self) -> int:
+        """Columns of the terminal; 80 where nobody knows: a terminal without a window says 0."""
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns
+        except (OSError, ValueError):
+            columns = 0
+        return columns or shutil.get_terminal_size().columns
+
+    def end_bar(self) -> None:
+        """The training is over: the bar stays as it stands, and what is said from now on comes below it."""
+        if self._bar is not None:
+            try:
+                self._bar.close()
+            except OSError:  # a hung-up terminal
+                self._console = False
+            self._bar = None
 
     # -- files
 
@@ -454,9 +482,7 @@ class RunLogger:
 
     def close(self) -> None:
         """End the bar and close the files; a second call does nothing."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self.end_bar()
         if self._file is not None:
             self._file.close()
             self._file = None

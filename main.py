@@ -120,6 +120,7 @@ def train(arguments: ParsedArguments) -> int:
             trainer.fit()
         finally:
             step = trainer.step
+            logger.end_bar()
         if trainer.stop_signal:
             write_status(run.log_dir, "interrupted", step, f"signal {trainer.stop_signal}")
             report_early_end(run, logger)

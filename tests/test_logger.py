@@ -1,11 +1,15 @@
 """logger.py: train.log, TensorBoard, the console, full disks, memory."""
 
 import errno
+import fcntl
 import io
 import json
 import os
+import pty
 import re
 import resource
+import struct
+import termios
 import threading
 
 import numpy as np
@@ -364,6 +368,54 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere():
     log = RunLogger(None, None, stream=plain, total_steps=100)
     log.train_line(RECORD)
     assert "\r" not in plain.getvalue() and plain.getvalue().startswith("step 10/100") and plain.getvalue().count("\n") == 1
+
+
+def on_a_terminal(columns: int, show) -> list[str]:
+    """What stands on a real pseudo-terminal of this width, in the order in which it was drawn: each piece between line feeds and returns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(theirs, "w") as stream:
+        show(stream)
+        stream.flush()
+        text = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    return [piece.rstrip() for piece in re.split(r"[\r\n]+", text) if piece.strip()]
+
+
+def train_on(stream, monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(logger.time, "monotonic", lambda: clock[0])
+    log = RunLogger(None, None, stream=stream, total_steps=12_000)
+    log.note_start(1)
+    for step in (1000, 2000):
+        clock[0] = step * 1.0
+        log.train_line(RECORD | {"global_step": step, "rss_gib": 1.5})
+    log.say("between")
+    log.end_bar()
+    log.say("done")
+    log.say("report  here")
+    log.close()
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (160, "17 % |===                 | step 2,000/12,000  left 2:46:45  epoch 1  loss 0.5000  lr 1.00e-03  grad 0.25  1,234 users/s"
+              "  wait 3 %  mem 1.50 GiB"),
+        (80, "17 % |=         | step 2,000/12,000  left 2:46:45  epoch 1  loss 0.5000"),
+        (0, "17 % |=         | step 2,000/12,000  left 2:46:45  epoch 1  loss 0.5000"),  # a terminal without a window: 80 serve
+        (50, "17 %  step 2,000/12,000  left 2:46:45  epoch 1"),
+        (20, "17 %  step 2,000/1"),
+    ],
+)  # fmt: skip
+def test_the_time_left_is_seen_on_a_terminal_of_any_width(monkeypatch, columns, expected):
+    pytest.importorskip("tqdm")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    drawn = on_a_terminal(columns, lambda stream: train_on(stream, monkeypatch))
+    bars = [piece.strip() for piece in drawn if "step 2,000" in piece]
+    assert bars and set(bars) == {expected}
+    assert max(map(len, drawn)) < (columns or 80)
+    assert drawn[-2:] == ["done", "report  here"]  # after the training the bar is not drawn again
 
 
 def test_silence_and_single_warnings():
