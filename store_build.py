@@ -208,6 +208,9 @@ class StoreBuilder:
                 f"{offsets_path.name}: {found[0]:,} offsets from {found[1]} to {found[2]}; "
                 f"{path.name} has {count:,} lines, the last at {last_offset}"
             )
+        elif wrong := _wrong_offset(path, values):
+            place, offset = wrong
+            self._warnings.append(f"{offsets_path.name}: offset {place + 1:,} is {offset}, where no line of {path.name} begins")
 
     # Users
 
@@ -363,6 +366,20 @@ class StoreBuilder:
             "rejected_reasons": dict(self.rejects.by_reason),
             "rejects_file": str(self.rejects.path) if self.rejects.count else "", "warnings": self._warnings, "seconds": round(seconds, 3),
             "source_bytes": sum(p.stat().st_size for p in self.source.files), "store_bytes": self.files.num_bytes()}  # fmt: skip
+
+
+def _wrong_offset(path: Path, offsets: list) -> tuple[int, object] | None:
+    """(place, value) of the first offset at which no line of the file begins, or that does not lie behind the one ahead; None where all do.
+
+    As many ascending beginnings of lines as there are lines are all of them, so one byte a line is looked at instead of each.
+    """
+    size, whole = path.stat().st_size, (int, np.integer)
+    numbers = np.array([offset if isinstance(offset, whole) and 0 <= offset < size else -1 for offset in offsets], dtype=np.int64)
+    sound = numbers >= 0
+    sound[1:] &= numbers[1:] > np.maximum.accumulate(numbers)[:-1]
+    behind = np.flatnonzero(sound & (numbers > 0))
+    sound[behind] = np.memmap(path, np.uint8, "r")[numbers[behind] - 1] == ord("\n")
+    return None if sound.all() else (int(np.argmin(sound)), offsets[int(np.argmin(sound))])
 
 
 def _repeated(values: np.ndarray) -> np.ndarray:

@@ -152,6 +152,28 @@ def test_rejects_stop_or_are_listed(world: World, tmp_path: Path) -> None:
     assert any("offsets from 0" in w for w in store.summary["warnings"])
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda offsets: offsets, None),
+        (lambda offsets: dict(enumerate(offsets)), None),
+        (lambda offsets: [*offsets[:5], offsets[5] + 3, *offsets[6:]], "offset 6 is "),
+        (lambda offsets: [*offsets[:5], offsets[4], *offsets[6:]], "offset 6 is "),  # one line twice, another not at all
+        (lambda offsets: [*offsets[:5], offsets[6], offsets[5], *offsets[7:]], "offset 7 is "),
+        (lambda offsets: [*offsets[:5], 10**30, *offsets[6:]], "offset 6 is 1000"),
+        (lambda offsets: [*offsets[:5], -1, *offsets[6:]], "offset 6 is -1"),
+        (lambda offsets: [*offsets[:5], "5", *offsets[6:]], "offset 6 is 5"),
+        (lambda offsets: [*offsets[:5], None, *offsets[6:]], "offset 6 is None"),
+    ],
+)
+def test_every_offset_is_looked_at(world: World, tmp_path: Path, change, words) -> None:
+    folder = write_jsonl(world, tmp_path / "a")
+    begins = [0, *np.cumsum([len(line) for line in (folder / "seq.jsonl").read_bytes().splitlines(keepends=True)])[:-1].tolist()]
+    (folder / "seq_offsets.pkl").write_bytes(pickle.dumps(change(begins)))
+    warnings = [warning for warning in opened(folder, tmp_path / "cache").summary["warnings"] if "offset" in warning]
+    assert len(warnings) == (words is not None) and all(words in warning for warning in warnings)
+
+
 def test_profiles_of_users_without_a_sequence_are_ignored(world: World, tmp_path: Path) -> None:
     """user_feat may list more users than there are sequences; the row before a user's own is no second row of that user."""
     folder = write_parquet(world, tmp_path / "b")
