@@ -47,7 +47,7 @@ def examine(
             found += check_sizes(config, data, device)
         found += data_found
         if data is not None:
-            found += [*check_store(config, data), *check_indexer(data.store), *check_candidates(config, data.store)]
+            found += [*check_store(config, data, kept=scratch is None), *check_indexer(data.store), *check_candidates(config, data.store)]
     finally:
         del data
         if scratch is not None:

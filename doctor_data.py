@@ -22,7 +22,7 @@ from doctor_findings import FAIL, PASS, WARN, Finding, finding
 from errors import UserError
 from estimate import Data
 from indexer import read_indexer
-from sources import parts
+from sources import first_places, parts
 
 SAMPLE_USERS, SAMPLE_VECTORS = 100_000, 20_000
 DOCTOR_KEY = 11  # of the generator that draws them
@@ -36,10 +36,10 @@ MUCH_COVERED, MUCH_REPEATED, MUCH_ALIKE, MUCH_ONE, MUCH_COLD, MUCH_SEEN = 0.5, 0
 LEAK_GAIN, LEAK_SHARE = 0.3, 0.6
 
 
-def check_store(config: Config, data: Data) -> Iterator[Finding]:
-    """Everything that can be told from an open store."""
+def check_store(config: Config, data: Data, *, kept: bool) -> Iterator[Finding]:
+    """Everything that can be told from an open store. kept: it stays when the doctor is done, and its list of rejects with it."""
     store = data.store
-    yield from _noted(store)
+    yield from _noted(store, kept)
     counts = training_item_counts(store, data.splits.train)
     yield from _times(store)
     yield from _repeats(store)
@@ -58,13 +58,16 @@ def _sample(store, least: int, key: int) -> np.ndarray:
     return np.sort(generator(DOCTOR_KEY, key).choice(users, SAMPLE_USERS, replace=False))
 
 
-def _noted(store) -> Iterator[Finding]:
+def _noted(store, kept: bool) -> Iterator[Finding]:
     """What the store's compilation said."""
     summary = store.summary
     yield Finding(PASS, "data.read", f"{store.num_users:,} users, {store.num_items:,} items, {store.num_events:,} events ({store.path})")
-    listed = f"; listed in {summary['rejects_file']}" if Path(summary["rejects_file"] or "-").exists() else ""
+    rejects = Path(summary["rejects_file"] or "-")
+    places = first_places(rejects) if rejects.exists() else {}
     for reason, count in summary["rejected_reasons"].items():
-        yield Finding(WARN, "data.rejected", f"{count:,} lines or rows: {reason}{listed}", "mend them; else they are left out")
+        first = f", first {', '.join(places[reason])}" if reason in places else ""
+        listed = f"; listed in {rejects}" if kept and places else ""
+        yield Finding(WARN, "data.rejected", f"{count:,} lines or rows: {reason}{first}{listed}", "mend them; else they are left out")
     if not summary["rejected"]:
         yield Finding(PASS, "data.rejected", "none")
     remedies = {

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from schema import NUM_ACTION_TYPES, Schema
 
 INT32_MAX = 2**31 - 1
 PLAIN_PROGRESS_SECONDS = 10.0
+LISTED = 100_000  # rejects that are looked through for the first of each reason
 
 # What a layout is told apart by, and the item's files in it. A name without suffix is a folder of parquet parts or NAME.parquet.
 SEQUENCES = {("train", "A"): "seq.jsonl", ("predict", "A"): "predict_seq.jsonl", ("train", "B"): "seq", ("predict", "B"): "seq"}
@@ -61,6 +63,17 @@ def _shape_of(reason: str) -> str:
     """A reason without its numbers and quoted parts, so that equal mistakes count together."""
     words = [w for w in reason.split() if not any(c.isdigit() for c in w) and "'" not in w]
     return " ".join(words)[:80]
+
+
+def first_places(path: Path, most: int = 3) -> dict[str, list[str]]:
+    """The first places, `file:line`, of each reason of a file that Rejects wrote; of a long one its first LISTED lines are looked at."""
+    found: dict[str, list[str]] = {}
+    with open(path, encoding="utf-8") as file:
+        for row in map(json.loads, islice(file, LISTED)):
+            places = found.setdefault(_shape_of(row["reason"]), [])
+            if len(places) < most:
+                places.append(row["file"] if row["line"] is None else f"{row['file']}:{row['line']}")
+    return found
 
 
 class Progress:

@@ -174,6 +174,11 @@ def nothing(data: Path) -> None:
     pass
 
 
+def shifted(offsets: list) -> None:
+    """Number, first and last are right."""
+    offsets[5] += 3
+
+
 EMBEDDING = "creative_emb/emb_81_32.pkl"
 LATE = int(time.time()) + 400 * 86_400
 FAULTS = [
@@ -197,6 +202,7 @@ FAULTS = [
     ("a leak", profiles(lambda number, events: {"109": events[-1][1]}), [], WARN, "data.leaks", "109 tells the item"),
     ("values past the indexer", pickled("indexer.pkl", lambda tree: tree["f"].update({"103": {"x": 1}})), [], WARN, "data.indexer", "103"),
     ("offsets of another file", pickled("seq_offsets.pkl", lambda offsets: [0, 5, 10]), [], WARN, "data.files", "3 offsets"),
+    ("one offset beside a line", pickled("seq_offsets.pkl", shifted), [], WARN, "data.files", "offset 6 is "),
     ("foreign vectors", pickled(EMBEDDING, foreign), [], FAIL, "data.embedding 81", "no item has"),
     ("few vectors", pickled(EMBEDDING, lambda rows: dict(list(rows.items())[:50])), [], WARN, "data.embedding 81", "only"),
     ("vectors alike", pickled(EMBEDDING, lambda rows: {k: np.ones(32, np.float32) for k in rows}), [], FAIL, "data.embedding 81", "alike"),
@@ -352,6 +358,18 @@ def test_the_demo_data_with_a_fault(tmp_path, monkeypatch):
     result = run_main("--doctor", *SETTINGS, cwd=tmp_path)
     assert result.status == 1 and "Traceback" not in result.err and "demo_data/seq.jsonl:420" in result.out
     assert (tmp_path / "demo_data/seq.jsonl").read_text() == good[:-100]
+
+
+def test_the_places_of_bad_lines_are_named_and_no_file_that_is_gone(healthy, tmp_path):
+    shutil.copytree(healthy / "A", tmp_path / "data")
+    cut_line(tmp_path / "data")
+    _, found = examined(tmp_path, tmp_path / "data")
+    (finding,) = [f for f in found if f.check == "data.rejected"]
+    assert f"first {tmp_path}/data/seq.jsonl:8" in finding.text and "listed in" not in finding.text and ".tmp-" not in finding.text
+    # Where the run would keep the list, it is named, and there.
+    _, found = examined(tmp_path, tmp_path / "data", "--max_bad_lines", 3)
+    (finding,) = [f for f in found if f.check == "data.rejected"]
+    assert "seq.jsonl:8; listed in " in finding.text and Path(tmp_path, finding.text.split("listed in ")[1]).is_file()
 
 
 def test_a_missing_data_folder_is_said_with_who_set_it(tmp_path):
