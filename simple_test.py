@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from errors import ArgumentParser, run_cli
+
 ROOT = Path(__file__).resolve().parent
 COMPARE = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt}
 STEPS = 40  # of the small training run
@@ -226,6 +228,9 @@ class Checks:
 
 
 def main() -> int:
+    parser = ArgumentParser(prog="simple_test.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.parse_args()
     started, checks = time.time(), Checks()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -248,4 +253,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(main, debug="--debug" in sys.argv))

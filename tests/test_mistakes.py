@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,13 @@ import convert
 import infer
 import main
 import report
+import simple_demo
+import simple_test
 import synthetic
 from synthetic import generate
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import check_infer
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +117,14 @@ MISTAKES = [
     ("synthetic data into a full folder", synthetic, ["WORLD/data", "--users", 10, *NEW], {}, nothing, "WORLD/data"),
     ("synthetic data of no users", synthetic, ["new", "--users", 0, *NEW], {}, nothing, "users"),
     ("a report of no run", report, ["nowhere"], {}, nothing, "nowhere"),
+    ("answers to judge without their data", check_infer, ["a", "b"], {}, nothing, "a-eval/truth.json"),
+    ("answers to judge that are not there", check_infer, ["WORLD/data", "b.json"], {}, nothing, "b.json"),
+    ("answers to judge that are none", check_infer, ["WORLD/data", "b.json"], {}, write("b.json", '{"top10s": 5}'), "b.json"),
+    ("answers on other data", check_infer, ["WORLD/data", "b.json"], {}, write("b.json", '{"top10s": [[1]], "user": ["x"]}'),
+     "not in truth.json"),
+    ("an unknown flag of the judge", check_infer, ["WORLD/data", "b.json", "--foo"], {}, nothing, "--foo"),
+    ("an unknown flag of the smoke test", simple_test, ["--foo"], {}, nothing, "--foo"),
+    ("an unknown flag of the demonstration", simple_demo, ["--foo"], {}, nothing, "--foo"),
     ("an average of one set and nothing", combine, ["average", "out", "nowhere"], {}, nothing, "nowhere"),
 ]  # fmt: skip
 

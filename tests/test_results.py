@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,5 +76,5 @@ def test_synthetic_in_both_layouts_with_a_kill(tmp_path):
         result, data = tmp_path / f"result-{layout}", tmp_path / f"{layout}-eval"
         run("infer.py", MODEL_OUTPUT_PATH=str(folder / "best_model.pt"), EVAL_DATA_PATH=str(data), EVAL_RESULT_PATH=str(result))
         said = run("experiments/check_infer.py", tmp_path / layout, result / "result.json", "--cache_path", tmp_path / "cache")
-        rates = {line.split()[0]: float(line.split()[2]) for line in said.splitlines() if "HR@10" in line}
+        rates = {name: float(rate) for name, rate in re.findall(r"^(\S+).*  HR@10 (\S+)", said, re.M)}
         assert said.startswith("2,000 users") and "not ten" not in said and rates[str(result / "result.json")] > 2 * rates["item-to-item"]
