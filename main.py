@@ -61,14 +61,13 @@ def main() -> int:
             raise
         return show_findings([Finding(FAIL, "settings.value", line) for line in str(error).splitlines()], as_tree="--json" in sys.argv)
     options = arguments.options
+    check_options(options)
     if options.write_config:
         print(f"written: {write_config(arguments)}")
         return 0
     if options.print_config:
         print(print_config(arguments))
         return 0
-    if options.json and not options.doctor:
-        raise UserError("--json is the form of --doctor's findings: give both.")
     if options.doctor:
         return doctor(arguments)
     if options.estimate:
@@ -82,6 +81,18 @@ def main() -> int:
         return evaluate_checkpoint(arguments)
     with terminable():
         return train(arguments)
+
+
+# Each of these does something and stops, so that of two given at once one would be swallowed.
+INSTEAD = ("write_config", "print_config", "doctor", "estimate", "dry_run")
+
+
+def check_options(options: Options) -> None:
+    """UserError for options of which one would have no effect beside the other."""
+    if len(asked := [f"--{name}" for name in INSTEAD if getattr(options, name)]) > 1:
+        raise UserError(f"{' and '.join(asked)}: each does its own work and stops. Give one of them.")
+    if options.json and not options.doctor:
+        raise UserError("--json is the form of --doctor's findings: give both.")
 
 
 def train(arguments: ParsedArguments) -> int:

@@ -85,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.yes and not options.prune:
         raise UserError("--yes confirms --prune; it does nothing without it.")
+    if options.list and options.prune:
+        raise UserError("--list and --prune: --prune shows what it would remove, --list all runs. Give one of them.")
     if options.list or options.prune:
         return housekeeping(options.runs or [LOGS], prune=options.prune, confirmed=options.yes)
     if not options.runs:
@@ -93,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_run(folder):
             raise UserError(f"{folder}: no run folder; expected status.json, train.log or metrics.json in it.\n"
                             "Runs lie in ./logs, or where log_path pointed.")  # fmt: skip
+    given = [folder.resolve() for folder in options.runs]
+    if again := [str(folder) for n, folder in enumerate(options.runs) if given[n] in given[:n]]:
+        raise UserError(f"{', '.join(again)}: given twice; a run beside itself says nothing. Give each run once.")
     for n, folder in enumerate(options.runs):
         print(f"written: {write_report(folder, [*options.runs[:n], *options.runs[n + 1 :]])}")
     return 0

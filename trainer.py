@@ -85,7 +85,7 @@ class Trainer:
         device: torch.device,
     ) -> None:
         self.config, self.store, self.layout, self.embeddings, self.splits = config, store, layout, embeddings, splits
-        self.run, self._resume_from, self.logger, self.device = run, run.resume_from, logger, device
+        self.run, self.logger, self.device, self._taken_up = run, logger, device, False
         training = config.training
         self.model = build_model(config, layout, store.schema, embeddings).to(device)
         self.columns = FeatureColumns(store, layout, embeddings)
@@ -175,9 +175,9 @@ class Trainer:
 
     def take_up(self) -> None:
         """Go on from the run's checkpoint, where it has one, once: at the latest in `fit`. UserError where it does not fit."""
-        if path := self._resume_from:
-            self._resume_from = None
-            self._resume(path)
+        if self.run.resume_from is not None and not self._taken_up:
+            self._taken_up = True
+            self._resume(self.run.resume_from)
 
     def has_ended(self) -> bool:
         """Whether there is no step left to train, or no patience; an evaluation may still be due."""

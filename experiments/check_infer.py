@@ -57,8 +57,9 @@ def read_truth(path: Path) -> dict[str, int]:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {str(user): int(item) for user, item in found.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"{path}: {error}; expected a JSON object of user and creative id.\n"
+            f"{path}: {what}; expected a JSON object of user and creative id.\n"
             "DATA is a folder that `python synthetic.py DATA --predict K ...` made, with DATA-eval beside it."
         ) from None
 
@@ -69,8 +70,8 @@ def read_result(path: Path, truth: dict[str, int]) -> tuple[list[list[int]], lis
         result = json.loads(path.read_text(encoding="utf-8"))
         answers, users = [[int(item) for item in row] for row in result["top10s"]], [str(user) for user in result["user"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        what = str(error) if isinstance(error, OSError) else f"{path}: {type(error).__name__}: {error}"
-        raise UserError(f"{what}; expected the result.json that `python infer.py --output {path}` writes.") from None
+        what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: {what}; expected the result.json that `python infer.py --output {path}` writes.") from None
     if foreign := [user for user in users if user not in truth]:
         raise UserError(f"{path}: {len(foreign):,} users are not in truth.json, first {foreign[0]}: a result on other data. Give DATA's.")
     if not users or len(users) != len(answers):

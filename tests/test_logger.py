@@ -371,7 +371,7 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere():
 
 
 def on_a_terminal(columns: int, show) -> list[str]:
-    """What stands on a real pseudo-terminal of this width, in the order in which it was drawn: the pieces between line feeds and returns."""
+    """What stands on a real pseudo-terminal of this width, as it was drawn: the pieces between line feeds and returns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w") as stream:
