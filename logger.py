@@ -248,6 +248,7 @@ class RunLogger:
         self._started = time.monotonic()
         self._first: tuple[int, float] | None = None  # (step, seconds) of the first line, for the time left
         self._paused = self._pauses_ahead = 0.0  # seconds of evaluations, since then and still to come
+        self._steps_ahead = 0.0  # instead of these before the first evaluation: as long as so many steps
         self._tensorboard_dir, self._resume_step = tensorboard_dir, resume_step
         self._writer = None
         self._file = None
@@ -344,13 +345,13 @@ class RunLogger:
         """The first update of this process is done: it was slower than the others, so the time left counts from here."""
         self._first = self._first or (step, time.monotonic())
 
-    def expect_pauses(self, seconds: float) -> None:
-        """A guess of all evaluations' time, before there was one."""
-        self._pauses_ahead = seconds
+    def expect_pauses(self, steps: float) -> None:
+        """A guess of all evaluations' time, before there was one: that of so many steps."""
+        self._steps_ahead = steps
 
     def note_pause(self, seconds: float, ahead: float) -> None:
         """Training stood still for an evaluation, and `ahead` as long ones are to come: the time left counts them apart from the steps."""
-        self._paused, self._pauses_ahead = self._paused + (seconds if self._first else 0.0), seconds * ahead
+        self._paused, self._pauses_ahead, self._steps_ahead = self._paused + (seconds if self._first else 0.0), seconds * ahead, 0.0
 
     def _seconds_left(self, step: int) -> float | None:
         now = time.monotonic()
@@ -359,7 +360,8 @@ class RunLogger:
         steps = step - self._first[0]
         if not self.total_steps or steps <= 0:
             return None
-        return max(self.total_steps - step, 0) * (now - self._first[1] - self._paused) / steps + self._pauses_ahead
+        a_step = (now - self._first[1] - self._paused) / steps
+        return (max(self.total_steps - step, 0) + self._steps_ahead) * a_step + self._pauses_ahead
 
     def _show_bar(self, record: dict, left: float | None) -> bool:
         """Bar and text on the terminal's last line; False where tqdm is missing."""

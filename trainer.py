@@ -165,6 +165,8 @@ class Trainer:
             self.logger.warn_once(line)
         self.take_up()
         self._note_trained_items()  # a run that starts from other weights adds its own
+        users_a_step = self.splits.train.num_samples / self.steps_per_epoch
+        self.logger.expect_pauses(self._evaluations_ahead() * self.splits.valid.num_samples / users_a_step / 3)  # forward alone: a third
         with self._signals_noted():
             # Where a signal or a kill came between the last step and its evaluation, that evaluation is still due.
             while (self.step < self.total_steps or self.evaluated_step != self.step) and not self.out_of_patience():
@@ -335,8 +337,6 @@ class Trainer:
 
     def _log_line(self) -> None:
         seconds = max(time.perf_counter() - self._clock, 1e-9)
-        if self.evaluated_step < 0 and self._users:  # forward alone is a third of a step
-            self.logger.expect_pauses(self._evaluations_ahead() * self.splits.valid.num_samples * seconds / self._users / 3)
         self.logger.train_line(
             {
                 "global_step": self.step,

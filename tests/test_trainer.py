@@ -92,6 +92,51 @@ def test_resume_inside_an_epoch_is_exact(tmp_path, settings):
         assert losses_of(tmp_path / f"from{step}") == expected
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_epochs": 4},
+        {"num_epochs": 2},  # half of the run is over before an evaluation was seen
+        {"num_epochs": 1},
+        {"num_epochs": 6, "eval_every_epochs": 4},
+        {"max_steps": 50, "num_epochs": 1},  # ends inside an epoch
+        {"num_epochs": 3, "accumulate_steps": 2},
+        {"num_epochs": 3, "log_every_steps": 7},
+    ],
+    ids=str,
+)
+def test_the_time_left_is_right_within_a_fifth_after_a_tenth_of_the_run(tmp_path, monkeypatch, settings):
+    """The trainer's own guesses on a clock of the test: a user's step takes half a second, forward alone a third of that, the first
+    update ten seconds more; the test ranks its users twice (their exact ranks)."""
+    clock = [1000.0]
+    for name in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(f"time.{name}", lambda: clock[0])
+    trainer = make_trainer(tmp_path, **({"batch_size": 2, "log_every_steps": 1} | settings))
+    trainer.logger.total_steps = trainer.total_steps
+    accumulate, rank, seconds_left, said = trainer._accumulate, trainer.rank, trainer.logger._seconds_left, []
+
+    def slow_accumulate(batch, features):
+        clock[0] += 0.5 * batch.users.shape[0] + (10.0 if trainer.step == 0 else 0.0)
+        accumulate(batch, features)
+
+    def slow_rank(split, ranks_of=None):
+        clock[0] += 0.5 / 3 * split.num_samples * (1 if ranks_of is None else 2)
+        return rank(split, ranks_of)
+
+    def noted(step):
+        said.append((step, clock[0], seconds_left(step)))
+        return said[-1][2]
+
+    monkeypatch.setattr(trainer, "_accumulate", slow_accumulate)
+    monkeypatch.setattr(trainer, "rank", slow_rank)
+    monkeypatch.setattr(trainer.logger, "_seconds_left", noted)
+    trainer.fit()
+    run_test(trainer)
+    later = [(step, clock[0] - when, left) for step, when, left in said if step > 0.1 * trainer.total_steps]
+    assert len(later) >= 5
+    assert [(step, truth, left) for step, truth, left in later if abs(left - truth) > 0.2 * truth] == []
+
+
 def test_resume_in_the_middle_of_a_log_interval_keeps_the_mean(tmp_path):
     make_trainer(tmp_path / "whole", save_every_steps=3, log_every_steps=4).fit()
     (start,) = (tmp_path / "whole").glob("global_step3.*")
