@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from test_docs import LANGUAGES, Block, blocks_of, small_public_sets
+
+from metrics import competition_score, hit_rate, ndcg
 
 RECIPES = sorted(path for path in (ROOT / "docs" / "recipes").glob("*.md") if path.name != "README.md")
 SMALL = "--max_steps 2 --max_eval_users 100"
@@ -97,24 +100,37 @@ def run(block: Block, folder: Path, environ: dict) -> str:
     return done.stdout
 
 
+def assert_counts_as_metrics_do(page: dict) -> None:
+    """The functions that the page on metrics defines give what metrics.py gives for the page's users."""
+    ranks = torch.tensor(page["ranks"])
+    for k in (1, 5, 10, 100):
+        assert page["hr"](k) == hit_rate(ranks, k).mean()
+        assert page["ndcg"](k) == pytest.approx(float(ndcg(ranks, k).mean()), abs=1e-12)
+    assert round(competition_score(page["hr"](10), page["ndcg"](10)), 4) == 0.4018  # as the page says
+
+
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=[] if p.stem == "metrics" else pytest.mark.long) for p in RECIPES])
 def test_recipe_works(path, tmp_path):
     folder = copy_of_the_repository(tmp_path / "copy")
     small_public_sets(tmp_path / "public")
     (folder / "ml-100k").symlink_to(tmp_path / "public" / "ml-100k")
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"}
-    output = {}
+    output, last = {}, {}
     for block in blocks_of(path.name, path.read_text(encoding="utf-8")):
         if block.language == "diff":
             apply(block, folder)
         elif block.language == "bash":
             output[block.line] = run(block, folder, environ)
         elif block.language == "python":
-            subprocess.run([sys.executable, "-c", block.content], cwd=folder, check=True, timeout=SECONDS)
+            last = {}
+            exec(compile(block.content, path.name, "exec"), last)  # its assertions are checks, too
+    if path.stem == "metrics":
+        assert_counts_as_metrics_do(last)
+        return
     text = "".join(output.values())
     expected = {
         "competition": "50 {10}", "own-data": '"user": "ada"', "movielens": "Film ", "new-feature": "20 users answered",
-        "new-loss": "2 passed", "new-backbone": "20 users answered", "metrics": "",
+        "new-loss": "2 passed", "new-backbone": "20 users answered",
     }  # fmt: skip
     assert expected[path.stem] in text, text[-3000:]
 
