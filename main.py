@@ -123,7 +123,7 @@ def train(arguments: ParsedArguments) -> int:
         if run.continued and trainer.has_ended():  # the settings that the run was trained with are those it is known by
             logger.say(nothing_left(trainer))
         else:
-            write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
+            write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment() | used_device(device))
             logger.draw(lambda writer: write_start(writer, dump_yaml(config)))
             note_data(trainer)
         logger.total_steps = trainer.total_steps
@@ -225,7 +225,7 @@ def evaluate_checkpoint(arguments: ParsedArguments) -> int:
                 f"the data holds {trainer.store.num_users:,} users, the checkpoint was trained on a set of {loaded.meta['num_users']:,}: "
                 "users that it was trained on may be among those it is tested on."
             )
-        write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment())
+        write_start_files(run.log_dir, dump_yaml(config), sys.argv, environment() | used_device(device))
         if others:
             rankers = [ranker_of_member(arguments, member, trainer) for member in others]
             trainer.ranker_of = lambda ranker: ensemble.ranker([ranker, *rankers])
@@ -376,6 +376,11 @@ def choose_device(config: Config) -> torch.device:
             "Use --device auto, which takes cuda where there is one."
         )
     return device
+
+
+def used_device(device: torch.device) -> dict[str, str]:
+    """What environment.json says of the device that the run computes on."""
+    return {"device": f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)}
 
 
 def open_logger(config: Config, run: RunPaths, *, resume_step: int | None = None, tensorboard: bool = True) -> RunLogger:

@@ -137,8 +137,9 @@ def _how_tested(run: Run) -> str:
 def _facts(run: Run) -> Html:
     speeds = [value for record in run.log if (value := number(record.get("users_per_s"))) is not None]
     memory = [value for record in run.log if (value := number(record.get("rss_gib"))) is not None]
+    used, asked = run.environment.get("device", "unknown"), run.settings.get("system", {}).get("device", "unknown")
     return facts([("state", run.status.get("state", "unknown")), ("last step", run.status.get("step", "unknown")),
-                  ("device asked for", run.settings.get("system", {}).get("device", "unknown")),
+                  ("device", f"{used} (asked for: {asked})"),
                   ("time running", "unknown" if run.seconds is None else format_duration(run.seconds)),
                   ("training speed", f"{statistics.median(speeds):,.0f} users/s (median)" if speeds else "unknown"),
                   ("largest memory in the log", f"{max(memory):.2f} GiB" if memory else "unknown"),

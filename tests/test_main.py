@@ -164,8 +164,10 @@ def test_run_folder_is_complete(world):
     assert settings["model"]["hidden_units"] == 8 and settings["paths"]["data_path"] == "data"
     assert {key for group in settings.values() for key in group} == set(KEYS)
     assert "main.py --config small.yaml" in (log / "command.txt").read_text()
-    assert json.loads((log / "environment.json").read_text())["threads"] == 1
+    machine = json.loads((log / "environment.json").read_text())
+    assert machine["threads"] == 1 and machine["device"].startswith("cuda" if torch.cuda.is_available() else "cpu")
     report = (log / "report.html").read_text()
+    assert f"{machine['device']} (asked for: auto)" in report
     assert "<svg" in report and "http://" not in report and "https://" not in report
 
 
