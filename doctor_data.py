@@ -353,6 +353,9 @@ def check_candidates(config: Config, store) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(FAIL, "data.candidates", " ".join(str(error).split()))
         return
+    for what, count in table.summary.items():
+        if what.startswith("duplicates: "):
+            yield Finding(WARN, "data.candidates", f"{what.removeprefix('duplicates: ')}: {count:,} ({path})", "list each candidate once")
     known = float((store.item_ids_of(table.creative_ids) > 0).mean())
     shown = f"{len(table.creative_ids):,} in {path}; indexer.pkl knows {known:.0%}"
     if not known:

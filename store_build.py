@@ -102,6 +102,7 @@ class StoreBuilder:
                     "items in " + path.name,
                 ):
                     self._put_items(chunk.items)
+            self._count_bare(path.name)
         else:
             self._warnings.append("no item_feat_dict.json: item features are taken from the records, the first of each item")
         self.items.share(self.scratch / "known")
@@ -112,6 +113,13 @@ class StoreBuilder:
             for path, ahead, rows, rejects in sources_parquet.read_features(files, "item", self.rules, progress, self.tally):
                 add_rejects(self.rejects, path, ahead, rejects)
                 self._put_items(rows)
+        if files:
+            self._count_bare("item_feat")
+
+    def _count_bare(self, name: str) -> None:
+        """Note the items of training data that the file or folder of item features has no row of."""
+        if self.source.kind == "train":
+            self.tally[f"missing: items without a row in {name}"] += int((~self.items.covered[1:]).sum())
 
     def _put_items(self, rows: FeatureRows) -> None:
         """Authoritative rows of known items. In predict, rows of creative ids beyond them wait for appended items that lack features."""

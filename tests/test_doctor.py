@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_main import run_main
 
@@ -151,6 +153,11 @@ def cut_line(data: Path) -> None:
     (data / "seq.jsonl").write_text("\n".join(text) + "\n")
 
 
+def cut_part(folder: Path) -> None:
+    (part,) = folder.glob("*.parquet")
+    part.write_bytes(part.read_bytes()[:-100])
+
+
 def both_layouts(data: Path) -> None:
     (data / "seq").mkdir()
     (data / "seq/part-00000.parquet").write_bytes(b"PAR1")
@@ -179,6 +186,49 @@ def shifted(offsets: list) -> None:
     offsets[5] += 3
 
 
+def fewer_items(data: Path) -> None:
+    """Ten items have no features of their own any more, whatever the layout."""
+    if (path := data / "item_feat_dict.json").exists():
+        path.write_text(json.dumps(dict(list(json.loads(path.read_text()).items())[10:])))
+        return
+    (part,) = (data / "item_feat").glob("*.parquet")
+    pq.write_table(pq.read_table(part).slice(10), part)
+
+
+def candidates_twice(data: Path) -> None:
+    known = list(pickle.loads((data / "indexer.pkl").read_bytes())["i"])[:30]
+    pairs = list(enumerate([*known, *known[:3]]))
+    if (data / "seq.jsonl").exists():
+        rows = [json.dumps({"creative_id": creative, "retrieval_id": k, "features": {}}) for k, creative in pairs]
+        (data / "predict_set.jsonl").write_text("\n".join(rows) + "\n")
+        return
+    (data / "candidate").mkdir()
+    table = pa.table({"creative_id": [int(creative) for _, creative in pairs], "retrieval_id": [k for k, _ in pairs]})
+    pq.write_table(table, data / "candidate/part-00000.parquet")
+
+
+def parquet(folder: str, change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
+    """Edit the one part of a folder of layout B."""
+
+    def edit(data: Path) -> None:
+        (part,) = (data / folder).glob("*.parquet")
+        pq.write_table(change(pq.read_table(part)), part)
+
+    return edit
+
+
+def events_of_user(change: Callable[[int, list], object]) -> Callable[[pa.Table], pa.Table]:
+    """change(row, events as dictionaries) edits the events of each user of seq/."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        for number, row in enumerate(rows):
+            change(number, row["seq"])
+        return pa.Table.from_pylist(rows, schema=table.schema)
+
+    return edit
+
+
 EMBEDDING = "creative_emb/emb_81_32.pkl"
 LATE = int(time.time()) + 400 * 86_400
 FAULTS = [
@@ -202,6 +252,8 @@ FAULTS = [
     ("a leak", profiles(lambda number, events: {"109": events[-1][1]}), [], WARN, "data.leaks", "109 tells the item"),
     ("values past the indexer", pickled("indexer.pkl", lambda tree: tree["f"].update({"103": {"x": 1}})), [], WARN, "data.indexer", "103"),
     ("offsets of another file", pickled("seq_offsets.pkl", lambda offsets: [0, 5, 10]), [], WARN, "data.files", "3 offsets"),
+    ("items without features", fewer_items, [], WARN, "data.missing", "items without a row in item_feat_dict.json: 10"),
+    ("candidates twice", candidates_twice, [], WARN, "data.candidates", "came before, left out: 3"),
     ("one offset beside a line", pickled("seq_offsets.pkl", shifted), [], WARN, "data.files", "offset 6 is "),
     ("foreign vectors", pickled(EMBEDDING, foreign), [], FAIL, "data.embedding 81", "no item has"),
     ("few vectors", pickled(EMBEDDING, lambda rows: dict(list(rows.items())[:50])), [], WARN, "data.embedding 81", "only"),
@@ -243,6 +295,40 @@ def test_planted_faults_are_found(healthy, tmp_path, change, flags, level, check
     # A planted fault is no reason to suspect the machine or anything of another section, but for what follows from it.
     assert {f.check.split(".")[0] for f in found if f.level != PASS} <= {check.split(".")[0], "data", "settings"}
     assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
+    assert not list((tmp_path / "cache").glob(".tmp-*"))
+
+
+# The same in layout B, and what only parquet can have.
+FAULTS_B = [
+    ("a part that is cut off", lambda data: cut_part(data / "seq"), [], FAIL, "data.read", "seq"),
+    ("no user features", lambda data: shutil.rmtree(data / "user_feat"), [], FAIL, "data.read", "user_feat"),
+    ("a user twice", parquet("seq", lambda table: pa.concat_tables([table, table.slice(0, 1)])), [], FAIL, "data.read", "comes twice"),
+    ("no profile", parquet("user_feat", lambda table: table.slice(1)), [], FAIL, "data.read", "has no row in user_feat"),
+    ("a column that is gone", parquet("seq", lambda table: table.drop_columns("seq")), [], FAIL, "data.read", "column 'seq' is missing"),
+    ("an item out of range", parquet("seq", events_of_user(lambda n, seq: n == 3 and seq[0].update(item_id=99_999))), [], FAIL, "data.read",
+     "outside 1..500"),
+    ("milliseconds", parquet("seq", events_of_user(lambda n, seq: [e.update(timestamp=1000 * e["timestamp"]) for e in seq])), [], FAIL,
+     "data.times", "milliseconds"),
+    ("events twice", parquet("seq", events_of_user(lambda n, seq: seq.insert(0, dict(seq[0])))), [], WARN, "data.repeated events",
+     "stand twice"),
+    ("items without features", fewer_items, [], WARN, "data.missing", "items without a row in item_feat: 10"),
+    ("candidates twice", candidates_twice, [], WARN, "data.candidates", "came before, left out: 3"),
+    ("both layouts", lambda data: (data / "seq.jsonl").write_text("[]\n"), [], FAIL, "data.read", "both"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "level", "check", "words"), [fault[1:] for fault in FAULTS_B], ids=[fault[0] for fault in FAULTS_B]
+)
+def test_planted_faults_of_the_parquet_layout_are_found(healthy, tmp_path, change, flags, level, check, words):
+    shutil.copytree(healthy / "B", tmp_path / "data", ignore=shutil.ignore_patterns("synthetic.json"))
+    change(tmp_path / "data")
+    status, found = examined(tmp_path, tmp_path / "data", *flags)
+    matching = [f for f in found if f.level == level and f.check == check and words in f.text]
+    assert matching, "\n".join(line for line in lines(found) if not line.startswith(PASS))
+    assert all(f.remedy and "\n" not in f.text + f.remedy for f in found if f.level != PASS), "\n".join(lines(found))
+    assert status == (1 if any(f.level == FAIL for f in found) else 0)
+    assert {f.check.split(".")[0] for f in found if f.level != PASS} <= {"data", "settings"}
     assert not list((tmp_path / "cache").glob(".tmp-*"))
 
 
