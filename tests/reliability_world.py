@@ -162,12 +162,15 @@ class Runs:
     def status(self, name: str) -> dict:
         return json.loads((self.cwd / name / "log/status.json").read_text())
 
+    def is_tested(self, name: str) -> bool:
+        return (self.cwd / name / "log/metrics.json").is_file()
+
     def went_on_exactly(self, name: str, samples: bool = True) -> None:
         """Resume until the run is finished, and compare it with the undisturbed one. samples: the users of each step too."""
         done = self.run(name, "--resume")
         text = self.console(name)
         assert done["status"] == 0 and "Traceback" not in text, text[-2000:]
-        assert self.status(name)["state"] == "finished"
+        assert self.status(name)["state"] == "finished" and self.is_tested(name) and (self.cwd / name / "log/report.html").is_file()
         assert final_files(self.cwd / name / "ckpt") == self.whole[0]
         assert not samples or samples_of(self.cwd / name / "samples") == self.whole[1]
         logs = [read_train_log(self.cwd / n / "log/train.log") for n in (name, "whole")]

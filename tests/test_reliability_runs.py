@@ -68,10 +68,10 @@ def test_signals_at_random_moments(worlds, number, count):
         assert done["exit_seconds"] < 10
         if done["status"] == 0:
             continue  # the signal came behind the last line
-        interrupted += 1
         assert done["status"] == 128 + number, (done, (runs.cwd / name / "console").read_text()[-2000:])
-        status = runs.status(name)
-        assert status["state"] == "interrupted"
+        state = runs.status(name)["state"]
+        assert state == "interrupted" or (state == "finished" and runs.is_tested(name))  # in the report: that alone is missing
+        interrupted += state == "interrupted"
         runs.went_on_exactly(name)
     assert interrupted == count
 
