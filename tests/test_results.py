@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -22,23 +23,29 @@ def run(*words, **environment):
     return result.stdout
 
 
+def core_seconds():
+    """Processor time of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def train(folder, *words):
     run("main.py", "--log_path", folder, "--checkpoint_path", folder, "--cache_path", folder.parent / "cache", "--no-tensorboard", *words)
     return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.mark.parametrize(("name", "source", "convert", "hr", "ndcg"), [
-    ("beauty", "s3rec-beauty/Beauty.txt", "s3rec", 0.065, 0.0385),
-    ("ml-100k", "ml-100k", "movielens", 0.16, 0.085),
+    ("beauty", "s3rec-beauty/Beauty.txt", "s3rec", 0.097, 0.058),
+    ("ml-100k", "ml-100k", "movielens", 0.2, 0.1),
 ])  # fmt: skip
 def test_public_sets_with_one_file(public_data, tmp_path, name, source, convert, hr, ndcg):
     run("convert.py", convert, public_data / source, tmp_path / name)
-    started = time.time()
+    before = core_seconds()
     metrics = train(tmp_path / "run", "--config", "configs/public.yaml", "--data_path", tmp_path / name)
     assert metrics["hr@10"] > hr and metrics["ndcg@10"] > ndcg and metrics["seen_removed"]
     for baseline in ("popularity", "recent", "item2item"):
         assert metrics["ndcg@10"] > metrics[f"{baseline}.ndcg@10"] and metrics["hr@10"] > metrics[f"{baseline}.hr@10"]
-    assert time.time() - started < 20 * 60
+    assert core_seconds() - before < 2 * 20 * 60  # 20 minutes of two cores, which this suite's processes share
 
 
 def test_synthetic_in_both_layouts_with_a_kill(tmp_path):
@@ -77,4 +84,4 @@ def test_synthetic_in_both_layouts_with_a_kill(tmp_path):
         run("infer.py", MODEL_OUTPUT_PATH=str(folder / "best_model.pt"), EVAL_DATA_PATH=str(data), EVAL_RESULT_PATH=str(result))
         said = run("experiments/check_infer.py", tmp_path / layout, result / "result.json", "--cache_path", tmp_path / "cache")
         rates = {name: float(rate) for name, rate in re.findall(r"^(\S+).*  HR@10 (\S+)", said, re.M)}
-        assert said.startswith("2,000 users") and "not ten" not in said and rates[str(result / "result.json")] > 2 * rates["item-to-item"]
+        assert re.search("^2,000 users", said, re.M) and "not ten" not in said and rates[str(result / "result.json")] > 2 * rates["item-to-item"]
