@@ -6,6 +6,7 @@ last fsynced, the last few may be undone, in order; each folder for itself, as a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -142,8 +143,9 @@ class PowerCut:
             except OSError:
                 continue  # in a folder that is gone with all that was in it
         for path in [path for folder in self.folders for path in folder.rglob("*")]:
-            if path.is_file() and path.stat().st_ino not in self.synced | self.before:
-                os.truncate(path, path.stat().st_size // 2)
+            with contextlib.suppress(FileNotFoundError):  # another thread may remove one meanwhile
+                if path.is_file() and path.stat().st_ino not in self.synced | self.before:
+                    os.truncate(path, path.stat().st_size // 2)
         for descriptor in self.held.values():
             os.close(descriptor)
         self.held = {}
