@@ -17,3 +17,10 @@ def public_data() -> Path:
     if not PUBLIC_DATA.is_dir():
         pytest.skip(f"no public data at {PUBLIC_DATA}")
     return PUBLIC_DATA
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A path that is free, in a folder of its own."""
+    (tmp_path / "result").mkdir()
+    return tmp_path / "result" / "out"
