@@ -1,5 +1,6 @@
 """logger.py: train.log, TensorBoard, the console, full disks, memory."""
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -376,10 +377,12 @@ def on_a_terminal(columns: int, show) -> list[str]:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w") as stream:
         show(stream)
-        stream.flush()
-        text = os.read(ours, 1 << 16).decode()
+    text = b""
+    with contextlib.suppress(OSError):  # the other end is closed and all is read; one read may come before the kernel passed all on
+        while piece := os.read(ours, 1 << 16):
+            text += piece
     os.close(ours)
-    return [piece.rstrip() for piece in re.split(r"[\r\n]+", text) if piece.strip()]
+    return [piece.rstrip() for piece in re.split(r"[\r\n]+", text.decode()) if piece.strip()]
 
 
 def train_on(stream, monkeypatch) -> None:
