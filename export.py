@@ -119,9 +119,7 @@ def _safetensors():
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise UserError(
-            "--export writes safetensors files, and that package is not installed.\npip install safetensors"
-        ) from None
+        raise UserError("--export writes safetensors files, and that package is not installed.\npip install safetensors") from None
     return save_file
 
 

@@ -17,8 +17,7 @@ from dataset import Split, generator
 from errors import RunError, UserError
 from evaluate import Ranking, baseline_results
 from ranks import write_ranks
-from report_data import REPORT_DATA, VERSION, write_data_facts, write_report_data
-from report_read import read_json
+from report_data import ReportedData, write_data_facts, write_report_data
 from trainer import Trainer
 
 # Pairs of user and candidate over which the exact ranks of test targets are counted: a minute or so on two cores.
@@ -48,16 +47,16 @@ def tested_split(trainer: Trainer) -> tuple[str, Split]:
     return ("test", trainer.splits.test) if trainer.config.eval.test else ("valid", trainer.splits.valid)
 
 
+def reported_data(trainer: Trainer) -> ReportedData:
+    """What the report says of the data: of the split that the run ends with."""
+    splits, candidates = trainer.splits._replace(test=tested_split(trainer)[1]), np.unique(trainer.candidates)
+    return ReportedData(trainer.store, splits, candidates, trainer.item_counts, trainer.config.system.seed, trainer.embeddings)
+
+
 def note_data(trainer: Trainer) -> None:
     """The data's figures into the run folder, where they are not there yet: a run that ends before its test is reported with them."""
-    folder, store = trainer.run.log_dir, trainer.store
-    there = read_json(folder / REPORT_DATA)
-    if "data" in there and (there.get("version"), there.get("fingerprint")) == (VERSION, store.manifest["fingerprint"]):
-        return
-    splits, candidates = trainer.splits._replace(test=tested_split(trainer)[1]), np.unique(trainer.candidates)
-    more = {"seed": trainer.config.system.seed, "embeddings": trainer.embeddings}
     try:
-        write_data_facts(folder, store, splits, candidates, trainer.item_counts, **more)
+        write_data_facts(trainer.run.log_dir, reported_data(trainer))
     except RunError as error:  # a full disk: the report will lack them, and the run may yet find room
         trainer.logger.warn_once(str(error).splitlines()[0])
 
@@ -103,16 +102,7 @@ def write_test_metrics(trainer: Trainer, checkpoint: checkpoints.Checkpoint) -> 
     # At the run's last step, not the checkpoint's: a reader of train.log takes an earlier step for a resumed run's.
     trainer.logger.eval_line(max(trainer.step, result["step"]), max(trainer.epoch, result["epoch"]), name, result, None)
     write_text_atomic(trainer.run.log_dir / "metrics.json", json.dumps(checkpoints.plain_json(result), indent=1) + "\n")  # nan is null
-    write_report_data(
-        trainer.run.log_dir,
-        trainer.store,
-        trainer.splits._replace(test=test),
-        ranking,
-        np.unique(trainer.candidates),
-        trainer.item_counts,
-        seed=trainer.config.system.seed,
-        embeddings=trainer.embeddings,
-    )
+    write_report_data(trainer.run.log_dir, reported_data(trainer), ranking)
     trainer.logger.draw(lambda writer: draw_result(writer, trainer, ranking, result))
     return result
 

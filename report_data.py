@@ -7,8 +7,10 @@ Legend: U users, S samples of the test split, C candidates, D width.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,36 +35,73 @@ RANKS = (0, 1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 100_000)  # where bins
 RANK_NAMES = ("1", "≤3", "≤10", "≤30", "≤100", "≤300", "≤1k", "≤3k", "≤10k", "≤100k", ">100k")
 
 
-def write_report_data(
-    folder: Path, store, splits: Splits, ranking: Ranking, candidate_ids: np.ndarray, counts: np.ndarray, *, seed: int, embeddings
-) -> Path:
-    """Gather and write folder/report.json. ranking: of splits.test, with target_ranks. RunError when the disk is full.
+class ReportedData(NamedTuple):
+    """The data of a run, as its report sees them."""
 
-    candidate_ids (C,): ascending, as the rows of ranking.candidates. counts (num_items + 1,): training events of each item.
-    embeddings: feature ids in use.
+    store: object  # store.EventStore or what is like it
+    splits: Splits
+    candidate_ids: np.ndarray  # (C,) ascending item ids
+    counts: np.ndarray  # (num_items + 1,) training events of each item
+    seed: int
+    embeddings: tuple[str, ...]  # feature ids in use
+
+    def key(self) -> str:
+        """Hash of all that data_facts depends on; the store counts by its fingerprint."""
+        splits = [split.num_samples for split in self.splits[:3]]
+        told = [VERSION, self.store.manifest["fingerprint"], splits, self.splits.notes, self.seed, self.embeddings]
+        digest = hashlib.sha256(json.dumps(told).encode())
+        for numbers in (self.splits.test.target, self.candidate_ids, self.counts):
+            digest.update(np.ascontiguousarray(numbers))
+        return digest.hexdigest()
+
+
+def write_report_data(folder: Path, data: ReportedData, ranking: Ranking) -> Path:
+    """Gather and write folder/report.json. RunError when the disk is full.
+
+    ranking: of splits.test, with target_ranks, the rows of its candidates as data.candidate_ids.
+    The data's figures are taken over from the file where it has them of the same data.
     """
+    store, test = data.store, data.splits.test
     is_candidate = np.zeros(store.num_items + 1, dtype=bool)
-    is_candidate[candidate_ids] = True
-    groups = groups_of(store, splits.test, counts, is_candidate)
-    hits, gains = user_values(ranking.topk_ids, store.item_ids[splits.test.target])
-    tree = {
-        "version": VERSION,
-        "fingerprint": store.manifest["fingerprint"],
-        "data": data_facts(store, splits, counts, candidate_ids, seed, embeddings),
-        "quality": {"slices": quality(groups, hits, gains), "ranks": rank_histogram(ranking.target_ranks)},
-        "samples": sample_users(store, splits.test, ranking, candidate_ids, counts, seed),
-    }
+    is_candidate[data.candidate_ids] = True
+    groups = groups_of(store, test, data.counts, is_candidate)
+    hits, gains = user_values(ranking.topk_ids, store.item_ids[test.target])
     path = Path(folder) / REPORT_DATA
+    tree = _data_part(path, data) | {
+        "quality": {"slices": quality(groups, hits, gains), "ranks": rank_histogram(ranking.target_ranks)},
+        "samples": sample_users(store, test, ranking, data.candidate_ids, data.counts, data.seed),
+    }
     _write(path, tree)
     return path
 
 
-def write_data_facts(folder: Path, store, splits: Splits, candidate_ids: np.ndarray, counts: np.ndarray, *, seed: int, embeddings) -> Path:
-    """folder/report.json of a run that is not tested yet: the data's figures alone. Arguments as of write_report_data."""
-    facts = data_facts(store, splits, counts, candidate_ids, seed, embeddings)
+def write_data_facts(folder: Path, data: ReportedData) -> Path:
+    """folder/report.json of a run that is not tested yet: the data's figures alone. RunError when the disk is full.
+
+    A file that has them of the same data stays as it is, with what it knows of an earlier test.
+    """
     path = Path(folder) / REPORT_DATA
-    _write(path, {"version": VERSION, "fingerprint": store.manifest["fingerprint"], "data": facts})
+    part = _data_part(path, data)
+    if not part.items() <= read_json(path).items():
+        _write(path, part)
     return path
+
+
+def _data_part(path: Path, data: ReportedData) -> dict:
+    """What report.json says of the data: from the file at `path` where that is of the same ones, else gathered."""
+    head = {"version": VERSION, "fingerprint": data.store.manifest["fingerprint"], "data_key": data.key()}
+    there = read_json(path)
+    known = "data" in there and head.items() <= there.items()
+    return head | {"data": there["data"] if known else plain_json(data_facts(data))}
+
+
+def read_json(path: Path) -> dict:
+    """The object of a JSON file; {} where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _write(path: Path, tree: dict) -> None:
@@ -83,8 +122,9 @@ def _histogram(values: np.ndarray, begins: tuple[int, ...]) -> list[int]:
     return np.bincount(number[number >= 0], minlength=len(begins)).tolist()
 
 
-def data_facts(store, splits: Splits, counts: np.ndarray, candidate_ids: np.ndarray, seed: int, embeddings) -> dict:
-    """The data section's figures. counts (num_items + 1,): training events of each item."""
+def data_facts(data: ReportedData) -> dict:
+    """The data section's figures."""
+    store, splits, candidate_ids, counts, seed, embeddings = data
     users = _some(store.num_users, DATA_USERS, seed)
     lengths = np.diff(store.user_offsets)
     target = np.asarray(store.item_ids[splits.test.target])

@@ -5,7 +5,6 @@ Must not judge or draw. What is missing or broken is empty, never an error.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 
 from logger import read_train_log, run_seconds
 from ranks import Ranks, read_ranks
-from report_data import REPORT_DATA
+from report_data import REPORT_DATA, read_json
 from report_html import number
 from report_shape import sound_parts
 from runs import TRAIN_LOG, read_status
@@ -71,12 +70,6 @@ def _read_log(path: Path) -> list[dict]:
         return read_train_log(path)
     except (OSError, RecursionError):
         return []
-
-
-def read_json(path: Path) -> dict:
-    """The object of a JSON file; {} where there is none."""
-    value = _read(path, json.loads)
-    return value if isinstance(value, dict) else {}
 
 
 def curve(run: Run, key: str, split: str | None = None) -> list[tuple[float, float]]:

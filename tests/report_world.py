@@ -12,7 +12,7 @@ from config import Config, with_values
 from dataset import make_splits, training_item_counts
 from evaluate import Ranking, baseline_results, split_metrics
 from ranks import write_ranks
-from report_data import write_report_data
+from report_data import ReportedData, write_report_data
 from runs import write_start_files, write_status
 from settings import dump_yaml
 
@@ -61,6 +61,6 @@ def write_run(folder, *, seed=0, skill=0.5, store=None, **settings):
     (folder / "metrics.json").write_text(json.dumps(plain_json(metrics)), encoding="utf-8")
     write_ranks(folder, splits.test.users, ranking.target_ranks, ranking.topk_ids, places)
     counts = training_item_counts(store, splits.train)
-    write_report_data(folder, store, splits, ranking, np.arange(1, store.num_items + 1), counts, seed=1, embeddings=("81",))
+    write_report_data(folder, ReportedData(store, splits, np.arange(1, store.num_items + 1), counts, 1, ("81",)), ranking)
     write_status(folder, "finished", 40, name=folder.name)
     return store, splits, ranking, metrics

@@ -46,7 +46,7 @@ def test_facts_by_hand():
     start = 1_700_006_400  # 2023-11-15 00:00 UTC, a Wednesday
     store.timestamps = np.array([0, 30, 3630] + [0, 0, 5, 200_000] + [0, 1, 2]) + start
     store.action_types = np.array([0, 1, 0, 0, 0, 0, 2, 0, 0, 0], dtype=np.int8)
-    facts = report_data.data_facts(store, splits, counts, np.array([1, 2, 3]), 0, ("81",))
+    facts = report_data.data_facts(report_data.ReportedData(store, splits, np.array([1, 2, 3]), counts, 0, ("81",)))
     assert facts["lengths"]["names"][2] == "3–5" and facts["lengths"]["counts"][2] == 3
     assert (facts["lengths"]["min"], facts["lengths"]["median"], facts["lengths"]["max"]) == (3, 3, 4)
     gaps = dict(zip(facts["gaps"]["names"], facts["gaps"]["counts"]))
@@ -71,19 +71,56 @@ def test_large_data_are_looked_at_in_part(monkeypatch):
     monkeypatch.setattr(report_data, "DATA_USERS", 10)
     monkeypatch.setattr(report_data, "DATA_ITEMS", 7)
     store, splits, _, counts = world()
-    facts = report_data.data_facts(store, splits, counts, np.arange(1, 21), 0, ())
+    data = report_data.ReportedData(store, splits, np.arange(1, 21), counts, 0, ())
+    facts = report_data.data_facts(data)
     assert facts["users_looked_at"] == 10 and sum(facts["lengths"]["counts"]) == 80
     assert sum(facts["actions"].values()) == sum(facts["hours"]) < store.num_events
-    assert facts == report_data.data_facts(store, splits, counts, np.arange(1, 21), 0, ())  # the same users each time
+    assert facts == report_data.data_facts(data)  # the same users each time
 
 
 def test_data_without_times():
     store, splits, ranking, counts = world(has_time=False)
-    facts = report_data.data_facts(store, splits, counts, np.arange(1, 21), 0, ())
+    facts = report_data.data_facts(report_data.ReportedData(store, splits, np.arange(1, 21), counts, 0, ()))
     assert not facts["has_time"] and "hours" not in facts and "gaps" not in facts
     assert "hour of the target" not in slices.groups_of(store, splits.test, counts, np.ones(21, bool))
     user = report_samples.sample_users(store, splits.test, ranking, np.arange(1, 21), counts, 0)["users"][0]
     assert user["next"]["time"] is None
+
+
+def test_the_figures_are_gathered_once_and_again_where_the_data_are_others(tmp_path, monkeypatch):
+    store, splits, ranking, counts = world()
+    data, gathered = report_data.ReportedData(store, splits, np.arange(1, 21), counts, 0, ()), []
+    real = report_data.data_facts
+    monkeypatch.setattr(report_data, "data_facts", lambda of: gathered.append(of) or real(of))
+
+    def written():
+        return json.loads((tmp_path / "report.json").read_text())
+
+    report_data.write_data_facts(tmp_path, data)
+    first = written()
+    report_data.write_report_data(tmp_path, data, ranking)
+    tested = written()
+    assert len(gathered) == 1 and tested["data"] == first["data"] and "quality" in tested and "quality" not in first
+    report_data.write_data_facts(tmp_path, data)  # a resumed run: what is known of the earlier test stays
+    assert len(gathered) == 1 and written() == tested
+    others = make_splits(store, **(SPLIT | {"protocol": "holdout", "holdout_fraction": 0.5}))
+    item = np.flatnonzero(counts)[0]
+    changed = (
+        {"splits": others, "counts": training_item_counts(store, others.train)},
+        {"splits": splits._replace(valid=splits.valid.take(np.arange(3)))},
+        {"splits": splits._replace(test=splits.test._replace(target=splits.test.target - 1))},
+        {"splits": splits._replace(notes=["a note"])},
+        {"candidate_ids": np.arange(1, 20)},
+        {"counts": np.where(np.arange(len(counts)) == item, counts + 1, counts)},
+        {"seed": 1},
+        {"embeddings": ("81",)},
+    )
+    for number, change in enumerate(changed, 2):
+        report_data.write_data_facts(tmp_path, data._replace(**change))
+        assert len(gathered) == number and "quality" not in written() and written()["data"] == json.loads(json.dumps(real(gathered[-1])))
+    (tmp_path / "report.json").write_text("{")
+    report_data.write_data_facts(tmp_path, data)
+    assert written() == first
 
 
 def test_rank_histogram():

@@ -22,6 +22,7 @@ from errors import OutOfTimeError, at_most
 
 world = test_main.world  # the fixture
 
+
 def test_a_refused_start_from_anothers_checkpoint_is_a_failed_run(world):
     start = list_checkpoints(world.cwd / "whole/ckpt")[-1]
     assert_mistake(world.run(*places(Path("refused")), "--resume_path", start, "--hidden_units", 16), "hidden_units")
@@ -76,7 +77,7 @@ def test_an_interrupted_run_has_a_report_with_its_data(world):
     assert "State: interrupted at step 3: signal 2" in text and "events of a user" in text and "No figures of the data" not in text
     assert "No slices: the run was interrupted at step 3, before its test. The first of the commands below goes on with it." in text
     assert "No sample users: the run was interrupted at step 3" in text and "tested before the report kept them" not in text
-    assert set(json.loads((log / "report.json").read_text())) == {"version", "fingerprint", "data"}
+    assert set(json.loads((log / "report.json").read_text())) == {"version", "fingerprint", "data_key", "data"}
     # Gone on with and interrupted in its test: what is known of an earlier test stays.
     assert world.run(*places(Path("early")), "--resume").status == 0
     before = (log / "report.json").read_bytes()
@@ -84,6 +85,10 @@ def test_an_interrupted_run_has_a_report_with_its_data(world):
         assert world.run(*places(Path("early")), "--resume", "--num_epochs", 4).status == 130
     assert (log / "report.json").read_bytes() == before
     assert "State: interrupted at step 11" in page_of(log).text and "No slices" not in page_of(log).text
+    # Tested on the validation split, its figures are of that.
+    with mock.patch.object(trainer.Trainer, "_update", interrupt_at(11)):
+        assert world.run(*places(Path("early")), "--resume", "--num_epochs", 4, "--test", "false").status == 130
+    assert "quality" not in json.loads((log / "report.json").read_text()) and "quality" in json.loads(before)
 
 
 def test_a_diverged_run_has_a_report(world):
