@@ -9,6 +9,7 @@ status (of waitpid, negative for a signal), seconds from the first step to the e
 """
 
 import builtins
+import itertools
 import json
 import os
 import random
@@ -97,7 +98,7 @@ def crash(order: dict) -> None:
     """Count the calls that change the disk, and die in one of them as a machine does that loses its power."""
     calls = os.open(order["calls"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     cut = PowerCut([Path(folder) for folder in order["lose"]], Path(f"{order['calls']}-stash"))
-    count, die = [0], os.kill
+    numbers, die = itertools.count(1), os.kill
 
     def die_here() -> None:
         try:
@@ -112,9 +113,9 @@ def crash(order: dict) -> None:
 
         def wrapped(*args, **kwargs):
             if counts(*args, **kwargs):
-                count[0] += 1
+                number = next(numbers)  # in one step: of two threads' calls at once each has its own
                 os.write(calls, f"{name}\n".encode())
-                if count[0] == order["crash"]:
+                if number == order["crash"]:
                     die_here()
             return function(*args, **kwargs)
 
