@@ -30,13 +30,13 @@ class Split(NamedTuple):
     """Samples of one split: for sample s the events [begin[s], end[s]) of the store, and where its target lies.
 
     Training: each of the last max_seq_length + 1 events is a target once an epoch; earlier ones count for popularity only. Evaluation:
-    the events are the input, `target` the event to find.
+    the events are the input, `target` the event to find. See Prefixes for training samples of one target.
     """
 
     users: np.ndarray  # (S,) int64 index into the store's users
     begin: np.ndarray  # (S,) int64 first event
     end: np.ndarray  # (S,) int64 one past the last event
-    target: np.ndarray  # (S,) int64 event to predict; -1 in training and where it is unknown
+    target: np.ndarray  # (S,) int64 event to predict; -1 where all of the window are (training), and where it is unknown
 
     def take(self, index: np.ndarray) -> Split:
         return Split(*(column[index] for column in self))
@@ -44,6 +44,48 @@ class Split(NamedTuple):
     @property
     def num_samples(self) -> int:
         return len(self.users)
+
+    def lengths(self) -> np.ndarray:
+        """(S,) events of each sample."""
+        return self.end - self.begin
+
+
+class Prefixes:
+    """A training split taken apart: a sample for each target, the last of its events, which is predicted from those before it.
+
+    The same targets once an epoch as those of the split's users, but each encoded for itself: with its own dropout, in a batch of other
+    users' targets. Samples are made when they are asked for: 8 bytes a user are kept. Source of the augmentation: Tan, Xu, Liu, "Improved
+    recurrent neural networks for session-based recommendations", DLRS 2016.
+    """
+
+    def __init__(self, split: Split, max_targets: int) -> None:
+        """max_targets: of a user, the last ones."""
+        self._split, self._max_targets = split, max_targets
+        self._ends = np.cumsum(self._counts(split))
+
+    def _counts(self, split: Split) -> np.ndarray:
+        return np.minimum(split.lengths(), self._max_targets)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self._ends[-1])
+
+    def take(self, index: np.ndarray) -> Split:
+        """The samples of these numbers: those of the first user first, ascending in time."""
+        row = np.searchsorted(self._ends, index, side="right")
+        users = self._split.take(row)
+        end = users.end - (self._ends[row] - index) + 1
+        return users._replace(end=end, target=end - 1)
+
+    def lengths(self) -> np.ndarray:
+        """(S,) events of each sample, its target among them."""
+        counts = self._counts(self._split)
+        return ragged_places(self._split.lengths() - counts, counts) + 1
+
+
+def training_samples(kind: str, split: Split, max_seq_length: int) -> Split | Prefixes:
+    """What is trained on of a split, by the setting data.training_samples."""
+    return split if kind == "users" else Prefixes(split, max_seq_length + 1)
 
 
 class Splits(NamedTuple):
@@ -63,9 +105,10 @@ class Batch(NamedTuple):
     item_index: torch.Tensor  # (N,) the input item as index into unique_ids; 0 at user tokens
     action_types: torch.Tensor  # (N,) action of the input event + 1; 0 at user tokens
     timestamps: torch.Tensor  # (N,) seconds; 0 at user tokens
-    target_index: torch.Tensor  # (N,) next item as index into unique_ids; (0,) in evaluation
-    target_actions: torch.Tensor  # (N,) action type of the target event, 0..2; (0,) in evaluation
-    negative_index: torch.Tensor  # (N, K) negatives of each token as index into unique_ids; empty unless drawn for each token
+    target_tokens: torch.Tensor  # (T,) tokens that predict a target; (0,) = all N of them, and in evaluation
+    target_index: torch.Tensor  # (T,) next item as index into unique_ids; (0,) in evaluation
+    target_actions: torch.Tensor  # (T,) action type of the target event, 0..2; (0,) in evaluation
+    negative_index: torch.Tensor  # (T, K) negatives of each target as index into unique_ids; empty unless drawn for each
     candidate_index: torch.Tensor  # (C,) shared candidates as index into unique_ids; (0,) unless shared
     unique_ids: torch.Tensor  # (M,) item ids ascending; unique_ids[0] = 0, the padding item
     max_length: int  # tokens of the longest user, known on the host so that no device has to be asked
@@ -188,10 +231,15 @@ class _Tokens(NamedTuple):
     times: np.ndarray
 
 
+def _at(tokens: _Tokens, index: np.ndarray) -> _Tokens:
+    """The tokens of these numbers; without any, all."""
+    return _Tokens(*(column[index] for column in tokens)) if len(index) else tokens
+
+
 def _batch(users: np.ndarray, lengths: np.ndarray, unique: np.ndarray, tokens: _Tokens, **training: np.ndarray) -> Batch:
     """A batch from numpy columns; what only training has is empty without it."""
     nothing = np.zeros(0, dtype=np.int64)
-    columns = {name: nothing for name in ("target_index", "target_actions", "candidate_index")}
+    columns = {name: nothing for name in ("target_tokens", "target_index", "target_actions", "candidate_index")}
     columns |= {"negative_index": nothing.reshape(0, 0)} | training
     columns |= {"users": users, "lengths": lengths, "owner": tokens.owner, "positions": tokens.positions, "unique_ids": unique}
     columns |= {"item_index": tokens.items, "action_types": tokens.actions, "timestamps": tokens.times}
@@ -233,9 +281,9 @@ class TrainingOrder:
     With length buckets, neighbours in length share a batch (less padding in attention), and the batches are shuffled.
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int, max_seq_length: int, length_buckets: bool) -> None:
+    def __init__(self, split: Split | Prefixes, batch_size: int, seed: int, max_seq_length: int, length_buckets: bool) -> None:
         self.num_samples, self.batch_size, self.seed = split.num_samples, batch_size, seed
-        self._lengths = np.minimum(split.end - split.begin, max_seq_length + 1) if length_buckets else None
+        self._lengths = np.minimum(split.lengths(), max_seq_length + 1) if length_buckets else None
         self._epoch, self._order, self._batches = -1, np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     @property
@@ -262,7 +310,9 @@ class TrainingOrder:
 class BatchBuilder:
     """Builds batches of ids from a store and a split; safe to call from several threads."""
 
-    def __init__(self, store, split: Split, max_seq_length: int, seed: int = 0, negatives: NegativeSampling | None = None) -> None:
+    def __init__(
+        self, store, split: Split | Prefixes, max_seq_length: int, seed: int = 0, negatives: NegativeSampling | None = None
+    ) -> None:
         self.store, self.split, self.max_seq_length, self.seed, self.negatives = store, split, max_seq_length, seed, negatives
 
     def _deduplicate(self, *arrays: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -274,22 +324,26 @@ class BatchBuilder:
         return unique, [part.reshape(array.shape) for part, array in zip(np.split(found.rank, ends), arrays)]
 
     def training(self, samples: np.ndarray, epoch: int, step: int) -> Batch:
-        """A training batch: every event of the window is a target, predicted from the user token and the window's events before it.
+        """A training batch: every event of the window is a target, predicted from the user token and the window's events before it; of a
+        sample with a target, that alone.
 
         samples: (B,) sample numbers. `step` numbers the batch within the epoch; shared negatives depend on it.
         """
         split = self.split.take(samples)
         lengths, tokens, targets = _window(self.store, split, self.max_seq_length + 1)
-        negatives, shared = self._draw_negatives(split, samples, tokens, targets, epoch, step)
+        events, predicting = ragged_places(split.end - lengths, lengths), np.zeros(0, dtype=np.int64)
+        if split.target[0] >= 0:
+            predicting = np.cumsum(lengths) - 1
+            events, targets = split.target, targets[predicting]
+        negatives, shared = self._draw_negatives(split, samples, _at(tokens, predicting), targets, epoch, step)
         if self.negatives is not None and self.negatives.kind == "all":
             unique = np.arange(self.store.num_items + 1, dtype=np.int64)
             target_index, candidates = targets, unique[1:]
         else:
             unique, (items, target_index, negatives, shared) = self._deduplicate(tokens.items, targets, negatives, shared)
             tokens, candidates = tokens._replace(items=items), np.unique(shared)
-        actions = self.store.action_types[ragged_places(split.end - lengths, lengths)]
-        return _batch(split.users, lengths, unique, tokens, target_index=target_index, target_actions=actions, negative_index=negatives,
-                      candidate_index=candidates)  # fmt: skip
+        return _batch(split.users, lengths, unique, tokens, target_tokens=predicting, target_index=target_index,
+                      target_actions=self.store.action_types[events], negative_index=negatives, candidate_index=candidates)  # fmt: skip
 
     def evaluation(self, samples: np.ndarray) -> Batch:
         """An evaluation batch: the user token and the last max_seq_length input events; the query is each user's last token."""
@@ -308,7 +362,7 @@ class BatchBuilder:
     def _draw_negatives(
         self, split: Split, samples: np.ndarray, tokens: _Tokens, targets: np.ndarray, epoch: int, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(negatives of each token (N, K), items that all tokens share (C,))."""
+        """(negatives of each target (T, K), items that all share (C,)). tokens: those that predict them (T,)."""
         nothing = np.zeros((len(targets), 0), dtype=np.int64), np.zeros(0, dtype=np.int64)
         if self.negatives is None or self.negatives.kind == "all":
             return nothing

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from config import KEYS, Config, warnings_for
+from dataset import training_samples
 from doctor_findings import FAIL, PASS, WARN, Finding, finding
 from estimate import Data, num_checkpoints, size
 from machine import nearest_folder, read_machine, torch_warning
@@ -141,15 +142,16 @@ def check_settings(config: Config, data: Data | None, device: torch.device) -> I
     )
     if data is None:
         return
-    batches = -(-data.splits.train.num_samples // training.batch_size)
+    num_samples = _num_training_samples(config, data)
+    batches = -(-num_samples // training.batch_size)
     steps = training.max_steps or training.num_epochs * -(-batches // training.accumulate_steps)
     yield finding(
-        data.splits.train.num_samples >= training.batch_size,
+        num_samples >= training.batch_size,
         WARN,
         "settings.batch_size",
-        f"{training.batch_size:,} of {data.splits.train.num_samples:,} training users; {batches:,} batches an epoch",
-        f"batch_size {training.batch_size:,}, but {data.splits.train.num_samples:,} training users: an epoch is one small step",
-        f"batch_size {max(1, data.splits.train.num_samples // 8)} or less",
+        f"{training.batch_size:,} of {num_samples:,} training {config.data.training_samples}; {batches:,} batches an epoch",
+        f"batch_size {training.batch_size:,}, but {num_samples:,} training {config.data.training_samples}: an epoch is one small step",
+        f"batch_size {max(1, num_samples // 8)} or less",
     )
     longest = max(training.warmup_steps, training.table_warmup_steps)
     yield finding(
@@ -160,7 +162,7 @@ def check_settings(config: Config, data: Data | None, device: torch.device) -> I
         f"{longest:,} warm-up steps of {steps:,} in all: the learning rate never gets to its value",
         "a smaller warmup_steps",
     )
-    events = data.splits.train.end - data.splits.train.begin
+    events = data.splits.train.lengths()
     cut = float((events > config.model.max_seq_length + 1).mean())
     yield finding(
         cut < 0.5,
@@ -170,6 +172,10 @@ def check_settings(config: Config, data: Data | None, device: torch.device) -> I
         f"{config.model.max_seq_length}: {cut:.0%} of the users have more events, and only their newest are targets",
         f"max_seq_length {-(-int(np.quantile(events, 0.9, method='lower')) // 10) * 10} holds nine users of ten",
     )
+
+
+def _num_training_samples(config: Config, data: Data) -> int:
+    return training_samples(config.data.training_samples, data.splits.train, config.model.max_seq_length).num_samples
 
 
 def check_sizes(config: Config, data: Data, device: torch.device) -> Iterator[Finding]:
@@ -187,7 +193,7 @@ def check_sizes(config: Config, data: Data, device: torch.device) -> Iterator[Fi
         f"joint table and its state take {size(held)}; there are {size(room)} ({where})",
         "--estimate names what helps: hash_rows, a smaller embedding_dim, a row-wise table_optimizer",
     )
-    count = num_checkpoints(config, -(-data.splits.train.num_samples // config.training.batch_size))
+    count = num_checkpoints(config, -(-_num_training_samples(config, data) // config.training.batch_size))
     disk = count * held
     yield finding(
         disk < machine.disk,

@@ -344,8 +344,7 @@ def _follow_training(trainer: Trainer, shadows: Footprint, loader: _Loader) -> t
 
 def _some_batches(trainer: Trainer) -> list[int]:
     """Numbers of STEPS batches of the epoch: the first ones, as they come, and those with the most tokens."""
-    train, most = trainer.splits.train, trainer.config.model.max_seq_length + 1
-    lengths = np.minimum(train.end - train.begin, most)
+    lengths = np.minimum(trainer.samples.lengths(), trainer.config.model.max_seq_length + 1)
     numbers = range(min(trainer.order.num_batches, trainer.total_steps, LOOKED_AT))
     largest = sorted(numbers, key=lambda number: -int(lengths[trainer.order.samples(number)].sum()))
     return list(dict.fromkeys([*numbers[: STEPS // 2], *largest]))[:STEPS]

@@ -37,11 +37,11 @@ class ItemVectors(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A batch, encoded."""
+    """A batch, encoded. T: the tokens that predict a target; in evaluation all N."""
 
-    query: Tensor  # (N, D) float32; normalised where similarity is cosine
+    query: Tensor  # (T, D) float32; normalised where similarity is cosine
     item_emb: Tensor  # (M, D) float32, candidate side; likewise
-    state: Tensor  # (N, D) the queries before the wanted action modulates them; `query` itself where it does not
+    state: Tensor  # (T, D) the queries before the wanted action modulates them; `query` itself where it does not
     balance: Tensor | None  # how evenly the experts are used, a scalar, see experts.Experts; None without
 
 
@@ -208,9 +208,11 @@ class Recommender(nn.Module):
             return None
         if wanted is not None:
             return wanted.index_select(0, batch.owner)
+        unknown = torch.full_like(batch.owner, ANY_ACTION)
         if not batch.target_actions.numel():
-            return torch.full_like(batch.owner, ANY_ACTION)
-        return wanted_in_training(batch.target_actions, self.config.action_dropout if self.training else 0.0)
+            return unknown
+        known = wanted_in_training(batch.target_actions, self.config.action_dropout if self.training else 0.0)
+        return unknown.index_copy(0, batch.target_tokens, known) if batch.target_tokens.numel() else known
 
     def _sequence_parameters(self) -> list[nn.Parameter]:
         """All that `_encode_tokens` uses."""
@@ -248,9 +250,13 @@ class Recommender(nn.Module):
     def encode(self, batch: Batch, features: FeatureInputs, wanted: Tensor | None = None) -> Encoded:
         """All that a loss takes of a batch. wanted: as in `encode_sequence`."""
         items = self.encode_items(features.items)
-        query, *rest = self.encode_sequence(items.history, batch, features.users, wanted)
-        return Encoded(query, items.candidate, *rest)
+        query, state, balance = self.encode_sequence(items.history, batch, features.users, wanted)
+        if batch.target_tokens.numel():
+            same = state is query
+            query = query.index_select(0, batch.target_tokens)
+            state = query if same else state.index_select(0, batch.target_tokens)
+        return Encoded(query, items.candidate, state, balance)
 
     def forward(self, batch: Batch, features: FeatureInputs, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Query vectors (N, D) and candidate vectors (M, D) of a batch."""
+        """Query vectors (T, D) and candidate vectors (M, D) of a batch."""
         return self.encode(batch, features, wanted)[:2]

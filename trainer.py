@@ -24,7 +24,7 @@ import board
 import checkpoint as checkpoints
 from compatibility import changed_since, check_compatible
 from config import Config
-from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch, training_item_counts
+from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch, training_item_counts, training_samples
 from embedding import Touched
 from errors import ForeignFormatError, RunError, Terminated, UserError
 from evaluate import Ranker, Ranking, candidate_ids, move, places_found, split_metrics, trained_items, wanted_actions, without_cold
@@ -91,10 +91,10 @@ class Trainer:
         self.columns = FeatureColumns(store, layout, embeddings)
         self._note_trained_items()
         sampling = negative_sampling(config, lambda: self.item_counts)
-        self.builder = BatchBuilder(store, splits.train, config.model.max_seq_length, config.system.seed, sampling)
-        self.order = TrainingOrder(
-            splits.train, training.batch_size, config.system.seed, config.model.max_seq_length, config.data.length_buckets
-        )
+        length, seed = config.model.max_seq_length, config.system.seed
+        self.samples = training_samples(config.data.training_samples, splits.train, length)
+        self.builder = BatchBuilder(store, self.samples, length, seed, sampling)
+        self.order = TrainingOrder(self.samples, training.batch_size, seed, length, config.data.length_buckets)
         self.scaler = LossScaler(training.precision == "fp16")
         self.candidates, self.num_cold_candidates = candidate_ids(config.eval.candidates, store)
         if self.num_cold_candidates:
@@ -165,7 +165,7 @@ class Trainer:
             self.logger.warn_once(line)
         self.take_up()
         self._note_trained_items()  # a run that starts from other weights adds its own
-        users_a_step = self.splits.train.num_samples / self.steps_per_epoch
+        users_a_step = self.order.num_samples / self.steps_per_epoch
         self.logger.expect_pauses(self._evaluations_ahead() * self.splits.valid.num_samples / users_a_step / 3)  # forward alone: a third
         with self._signals_noted():
             # Where a signal or a kill came between the last step and its evaluation, that evaluation is still due.

@@ -2,7 +2,7 @@
 
 Must not know the model or the optimisers; the losses themselves are losses.py's.
 
-Legend: N tokens, M unique items, D width.
+Legend: N tokens, T tokens that predict a target, M unique items, D width.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TrainingLoss:
         self.action_weights = None if plain else torch.tensor(loss.action_weights, dtype=torch.float32, device=device)
 
     def __call__(self, query: Tensor, item_emb: Tensor, batch: Batch, temperature: Tensor | None = None) -> Tensor:
-        """query (N, D), item_emb (M, D) of batch.unique_ids; the mean over tokens. temperature: the learnt one, a scalar; None = fixed."""
+        """query (T, D), item_emb (M, D) of batch.unique_ids; the mean over targets. temperature: the learnt one, a scalar; None = fixed."""
         config = self.config
         weights = None if self.action_weights is None else self.action_weights[batch.target_actions]
         if config.name == "bce":
@@ -103,15 +103,16 @@ class TrainingLoss:
 
 def _seen_by_user(batch: Batch, first: int) -> Hidden:
     """Each user's inputs and targets of this batch; `first`: the place in unique_ids of the first row that the loss is given."""
-    length = batch.lengths  # tokens a user, each with one target; the first one's input is no item
-    ends = (2 * length).cumsum(0)
+    inputs = batch.positions > 0  # the user token is no item
+    tokens = batch.target_tokens if batch.target_tokens.numel() else torch.arange(len(batch.owner), device=batch.owner.device)
+    owner = batch.owner[tokens]
+    ends = (batch.lengths - 1 + torch.bincount(owner, minlength=len(batch.lengths))).cumsum(0)
     offsets = torch.cat((ends.new_zeros(1), ends))
     items = batch.target_index.new_empty(int(offsets[-1]))
-    token = torch.arange(len(batch.owner), device=batch.owner.device)
-    place = offsets[batch.owner] + batch.positions
-    inputs = torch.where(batch.positions == 0, batch.target_index[token], batch.item_index)
-    items[place], items[place + length[batch.owner]] = inputs, batch.target_index
-    return Hidden(batch.owner, offsets, items - first)
+    items[(offsets[batch.owner] + batch.positions - 1)[inputs]] = batch.item_index[inputs]
+    # A user's targets belong to the last of its tokens, so they fill up what the inputs leave.
+    items[ends[owner] - batch.lengths[owner] + batch.positions[tokens]] = batch.target_index
+    return Hidden(owner, offsets, items - first)
 
 
 def negative_sampling(config: Config, counts=None) -> NegativeSampling:
