@@ -12,7 +12,7 @@ from model import heads_of
 
 # Settings that decide which samples form which batch: a run that goes on with others would repeat or lose users.
 ORDER_SETTINGS = (
-    *("seed", "batch_size", "accumulate_steps", "length_buckets", "training_samples", "max_seq_length", "protocol", "holdout_fraction"),
+    *("seed", "batch_size", "accumulate_steps", "length_buckets", "targets_per_sample", "max_seq_length", "protocol", "holdout_fraction"),
 )
 OPTIMIZER_SETTINGS = ("optimizer", "table_optimizer", "ema_decay")
 # Settings that change neither losses nor metrics, so that a resumed run need not say that they changed.

@@ -233,9 +233,9 @@ class DataConfig(_Group):
                                                          aliases=("mm_emb_id",))  # fmt: skip
     max_bad_lines: int = setting(0, "Unreadable lines that are tolerated; they are counted and listed in a file.", unit="lines", minimum=0)
     length_buckets: bool = setting(True, "Users of like length share a batch: less padding.")
-    training_samples: str = setting("users", "users: a sample a user, each event of its window a target. prefixes: a sample for each of "
-                                    "those targets, encoded for itself from the events before it; batch_size counts samples.",
-                                    choices=("users", "prefixes"))  # fmt: skip
+    targets_per_sample: int = setting(0, "0 = a sample a user: each event of its window is a target. Above, users are taken apart into "
+                                      "samples of so many targets, encoded from all events before them; batch_size counts samples.",
+                                      unit="targets", minimum=0)  # fmt: skip
 
 
 @dataclass(frozen=True)

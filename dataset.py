@@ -30,13 +30,14 @@ class Split(NamedTuple):
     """Samples of one split: for sample s the events [begin[s], end[s]) of the store, and where its target lies.
 
     Training: each of the last max_seq_length + 1 events is a target once an epoch; earlier ones count for popularity only. Evaluation:
-    the events are the input, `target` the event to find. See Prefixes for training samples of one target.
+    the events are the input, `target` the event to find. See ShortSamples for training samples of few targets.
     """
 
     users: np.ndarray  # (S,) int64 index into the store's users
     begin: np.ndarray  # (S,) int64 first event
     end: np.ndarray  # (S,) int64 one past the last event
-    target: np.ndarray  # (S,) int64 event to predict; -1 where all of the window are (training), and where it is unknown
+    # (S,) int64 event to predict; in training the first one that is, -1 where all of the window are. -1 where it is unknown, too.
+    target: np.ndarray
 
     def take(self, index: np.ndarray) -> Split:
         return Split(*(column[index] for column in self))
@@ -50,42 +51,46 @@ class Split(NamedTuple):
         return self.end - self.begin
 
 
-class Prefixes:
-    """A training split taken apart: a sample for each target, the last of its events, which is predicted from those before it.
+class ShortSamples:
+    """A training split whose users are taken apart: a sample has few targets, the last of its events, and the events before them.
 
-    The same targets once an epoch as those of the split's users, but each encoded for itself: with its own dropout, in a batch of other
-    users' targets. Samples are made when they are asked for: 8 bytes a user are kept. Source of the augmentation: Tan, Xu, Liu, "Improved
+    An epoch has the same targets as with a sample a user, each encoded once, but a batch is of more users and a user's targets are of
+    several batches, each with its own dropout. With one target a sample this is the augmentation by prefixes of Tan, Xu, Liu, "Improved
     recurrent neural networks for session-based recommendations", DLRS 2016.
+
+    Samples are made when they are asked for: 8 bytes a user are kept.
     """
 
-    def __init__(self, split: Split, max_targets: int) -> None:
+    def __init__(self, split: Split, max_targets: int, targets_per_sample: int) -> None:
         """max_targets: of a user, the last ones."""
-        self._split, self._max_targets = split, max_targets
-        self._ends = np.cumsum(self._counts(split))
+        self._split, self._most, self._size = split, max_targets, targets_per_sample
+        self._ends = np.cumsum(-(-self._counts(split) // targets_per_sample))
 
     def _counts(self, split: Split) -> np.ndarray:
-        return np.minimum(split.lengths(), self._max_targets)
+        return np.minimum(split.lengths(), self._most)
 
     @property
     def num_samples(self) -> int:
         return int(self._ends[-1])
 
     def take(self, index: np.ndarray) -> Split:
-        """The samples of these numbers: those of the first user first, ascending in time."""
+        """The samples of these numbers: those of the first user first, ascending in time; a user's first one may have fewer targets."""
         row = np.searchsorted(self._ends, index, side="right")
         users = self._split.take(row)
-        end = users.end - (self._ends[row] - index) + 1
-        return users._replace(end=end, target=end - 1)
+        end = users.end - self._size * (self._ends[row] - index - 1)
+        return users._replace(end=end, target=np.maximum(end - self._size, users.end - self._counts(users)))
 
     def lengths(self) -> np.ndarray:
-        """(S,) events of each sample, its target among them."""
+        """(S,) events of each sample, its targets among them."""
         counts = self._counts(self._split)
-        return ragged_places(self._split.lengths() - counts, counts) + 1
+        samples = -(-counts // self._size)
+        later = np.repeat(samples, samples) - ragged_places(np.zeros_like(samples), samples) - 1
+        return np.repeat(self._split.lengths(), samples) - self._size * later
 
 
-def training_samples(kind: str, split: Split, max_seq_length: int) -> Split | Prefixes:
-    """What is trained on of a split, by the setting data.training_samples."""
-    return split if kind == "users" else Prefixes(split, max_seq_length + 1)
+def training_samples(targets_per_sample: int, split: Split, max_seq_length: int) -> Split | ShortSamples:
+    """What is trained on of a split, by the setting data.targets_per_sample."""
+    return ShortSamples(split, max_seq_length + 1, targets_per_sample) if targets_per_sample else split
 
 
 class Splits(NamedTuple):
@@ -281,7 +286,7 @@ class TrainingOrder:
     With length buckets, neighbours in length share a batch (less padding in attention), and the batches are shuffled.
     """
 
-    def __init__(self, split: Split | Prefixes, batch_size: int, seed: int, max_seq_length: int, length_buckets: bool) -> None:
+    def __init__(self, split: Split | ShortSamples, batch_size: int, seed: int, max_seq_length: int, length_buckets: bool) -> None:
         self.num_samples, self.batch_size, self.seed = split.num_samples, batch_size, seed
         self._lengths = np.minimum(split.lengths(), max_seq_length + 1) if length_buckets else None
         self._epoch, self._order, self._batches = -1, np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -311,7 +316,7 @@ class BatchBuilder:
     """Builds batches of ids from a store and a split; safe to call from several threads."""
 
     def __init__(
-        self, store, split: Split | Prefixes, max_seq_length: int, seed: int = 0, negatives: NegativeSampling | None = None
+        self, store, split: Split | ShortSamples, max_seq_length: int, seed: int = 0, negatives: NegativeSampling | None = None
     ) -> None:
         self.store, self.split, self.max_seq_length, self.seed, self.negatives = store, split, max_seq_length, seed, negatives
 
@@ -325,7 +330,7 @@ class BatchBuilder:
 
     def training(self, samples: np.ndarray, epoch: int, step: int) -> Batch:
         """A training batch: every event of the window is a target, predicted from the user token and the window's events before it; of a
-        sample with a target, that alone.
+        sample with a target, that and those after it.
 
         samples: (B,) sample numbers. `step` numbers the batch within the epoch; shared negatives depend on it.
         """
@@ -333,8 +338,8 @@ class BatchBuilder:
         lengths, tokens, targets = _window(self.store, split, self.max_seq_length + 1)
         events, predicting = ragged_places(split.end - lengths, lengths), np.zeros(0, dtype=np.int64)
         if split.target[0] >= 0:
-            predicting = np.cumsum(lengths) - 1
-            events, targets = split.target, targets[predicting]
+            predicting = np.flatnonzero(events >= np.repeat(split.target, lengths))
+            events, targets = events[predicting], targets[predicting]
         negatives, shared = self._draw_negatives(split, samples, _at(tokens, predicting), targets, epoch, step)
         if self.negatives is not None and self.negatives.kind == "all":
             unique = np.arange(self.store.num_items + 1, dtype=np.int64)

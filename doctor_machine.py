@@ -149,8 +149,8 @@ def check_settings(config: Config, data: Data | None, device: torch.device) -> I
         num_samples >= training.batch_size,
         WARN,
         "settings.batch_size",
-        f"{training.batch_size:,} of {num_samples:,} training {config.data.training_samples}; {batches:,} batches an epoch",
-        f"batch_size {training.batch_size:,}, but {num_samples:,} training {config.data.training_samples}: an epoch is one small step",
+        f"{training.batch_size:,} of {num_samples:,} training samples; {batches:,} batches an epoch",
+        f"batch_size {training.batch_size:,}, but {num_samples:,} training samples: an epoch is one small step",
         f"batch_size {max(1, num_samples // 8)} or less",
     )
     longest = max(training.warmup_steps, training.table_warmup_steps)
@@ -175,7 +175,7 @@ def check_settings(config: Config, data: Data | None, device: torch.device) -> I
 
 
 def _num_training_samples(config: Config, data: Data) -> int:
-    return training_samples(config.data.training_samples, data.splits.train, config.model.max_seq_length).num_samples
+    return training_samples(config.data.targets_per_sample, data.splits.train, config.model.max_seq_length).num_samples
 
 
 def check_sizes(config: Config, data: Data, device: torch.device) -> Iterator[Finding]:

@@ -92,7 +92,7 @@ class Trainer:
         self._note_trained_items()
         sampling = negative_sampling(config, lambda: self.item_counts)
         length, seed = config.model.max_seq_length, config.system.seed
-        self.samples = training_samples(config.data.training_samples, splits.train, length)
+        self.samples = training_samples(config.data.targets_per_sample, splits.train, length)
         self.builder = BatchBuilder(store, self.samples, length, seed, sampling)
         self.order = TrainingOrder(self.samples, training.batch_size, seed, length, config.data.length_buckets)
         self.scaler = LossScaler(training.precision == "fp16")

@@ -224,7 +224,7 @@ CASES = {
     "multimodal_features": Case(["81", "82"], lambda seen: "embeddings  81, 82" in seen.text, (False, True)),
     "max_bad_lines": Case(1, status, (2, 0), {"data_path": "broken"}),
     "length_buckets": Case(False, losses),
-    "training_samples": Case("prefixes", losses),
+    "targets_per_sample": Case(1, losses),
     "protocol": Case("leave_one_out", metric("num_users"), (3, USERS)),
     "holdout_fraction": Case(0.5, metric("num_users"), (3, 15)),
     "target": Case("last_click", metric("num_users"), base=WIDE),
