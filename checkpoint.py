@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -282,8 +283,10 @@ def find_checkpoint(path: Path) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        if (path / META).is_file() or (path / MODEL).is_file():
+        if (path / META).is_file() or (path / TRAINER).is_file():  # this project's, whatever it has lost
             return path
+        if (path / MODEL).is_file():
+            raise UserError(_bare_weights(path / MODEL))
         inside = list_checkpoints(path)
         hint = "Name a folder global_stepN.valid_loss=X."
         hint = f"It holds {len(inside)} checkpoints; name one, such as {inside[-1]}." if inside else hint
@@ -318,13 +321,18 @@ def _folder_of_link(path: Path) -> Path | None:
 
 
 def _bare_weights(path: Path) -> str:
-    """Why a .pt without its folder is refused, said as exactly as its content allows."""
+    """Why a .pt without its folder is refused, said as exactly as its zip directory allows: nothing of a stranger's is unpickled for it."""
     try:
-        state = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
-        tensors = isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())
-        found = f"a bare state_dict ({len(state)} tensors, the organisers' layout)" if tensors else f"a {type(state).__name__}"
-    except Exception as error:  # whatever a stranger's file makes torch raise
-        found = f"a file that torch refuses ({type(error).__name__})"
+        with zipfile.ZipFile(path) as archive:
+            names = [name.partition("/")[2] for name in archive.namelist()]  # below the one folder that torch.save makes
+        num_tensors = sum(bool(re.fullmatch(r"data/\d+", name)) for name in names)
+        found = "a zip file that torch.save did not write"
+        if "data.pkl" in names:
+            found = f"looks like a bare state_dict ({num_tensors} tensors, the organisers' layout)"
+            found = found if num_tensors else "a file of torch.save without tensors"
+        found = "a TorchScript archive" if "constants.pkl" in names else found
+    except Exception as error:  # whatever a stranger's file makes the reader raise
+        found = f"no zip file of torch.save ({type(error).__name__})"
     return (
         f"{path}: {found} without {META}: the settings and the numbering of ids it was trained with are unknown.\n"
         f"Expected a checkpoint of main.py: a folder with {MODEL} and {META}, or a link in the folder that holds it."
@@ -383,8 +391,7 @@ def read_meta(folder: Path) -> dict:
     """meta.json of a checkpoint folder, its own hash checked; UserError when it is missing or damaged."""
     path = Path(folder) / META
     if not path.is_file():
-        weights = path.parent / MODEL
-        raise UserError(_bare_weights(weights) if weights.is_file() else f"{path}: missing; a checkpoint folder holds it.")
+        raise UserError(f"{path}: missing; a checkpoint folder holds it. Take another checkpoint.")
     if path.stat().st_size > _META_BYTES:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes; expected at most {_META_BYTES:,}. It is damaged: take another checkpoint.")
     data = path.read_bytes()
