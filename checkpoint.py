@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from atomic import TEMPORARY, fsync_folder, or_disk_full, unused
+from checkpoint_meta import fault
 from errors import ForeignFormatError, RunError, UserError
 
 FORMAT_VERSION = 2
@@ -162,7 +163,7 @@ def save_checkpoint(
     """Write a checkpoint folder under `root`; returns its path.
 
     step: updates done; valid_loss: of this step, None where it is not known (an earlier save of the same weights may tell it).
-    model_state: name -> tensor on any device; trainer_state: nested plain values and tensors; meta: what JSON can hold.
+    model_state: name -> tensor on any device; trainer_state: nested plain values and tensors; meta: what JSON can hold, with checkpoint_meta.py's keys.
     The folder appears by one rename after everything in it is on the disk. A checkpoint of the same step is replaced.
     RunError when the disk is full: earlier checkpoints are whole then, and nothing temporary stays.
     """
@@ -180,6 +181,8 @@ def save_checkpoint(
         loss = _known_loss(root, step, files[MODEL]) if valid_loss is None else float(valid_loss)
         final = root / checkpoint_name(step, loss)
         sealed = dict(meta) | {"format_version": FORMAT_VERSION, "step": step, "valid_loss": loss, "files": files}
+        if wrong := fault(plain_json(sealed)):
+            raise TypeError(f"meta: {wrong}")
         with open(temporary / META, "wb") as file:
             file.write(_meta_text(sealed).encode())
             file.flush()
@@ -388,7 +391,7 @@ def evaluated(root: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, di
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a checkpoint folder, its own hash checked; UserError when it is missing or damaged."""
+    """meta.json of a checkpoint folder: its own hash fits and every key is there, of its type. UserError when it is missing or damaged."""
     path = Path(folder) / META
     if not path.is_file():
         raise UserError(f"{path}: missing; a checkpoint folder holds it. Take another checkpoint.")
@@ -402,15 +405,15 @@ def read_meta(folder: Path) -> dict:
         raise UserError(f"{path}: expected text that fits its meta_sha256, found {found}. Damaged or edited: take another checkpoint.")
     try:
         meta = json.loads(data)
-        version = meta["format_version"]
-        seals = [meta["files"][name] for name in (MODEL, TRAINER)]
-        known = all(isinstance(seal["sha256"], str) and isinstance(seal["size"], int) for seal in seals)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        version = meta.get("format_version")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint's {META}: {type(error).__name__}: {error}. Take another checkpoint.") from None
-    if version != FORMAT_VERSION or not known:
+    if type(version) is int and version != FORMAT_VERSION:
         raise ForeignFormatError(
             f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}. Use the version of this project that wrote it."
         )
+    if wrong := fault(meta):
+        raise UserError(f"{path}: {wrong}. Damaged or edited: take another checkpoint.")
     return meta
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import META
 
 import checkpoint as ck
 from errors import UserError
@@ -33,7 +34,7 @@ def trainer(seed: int) -> dict:
 
 def save(root: Path, step: int, loss: float | None = None, seed: int | None = None, **meta: object) -> Path:
     seed = step if seed is None else seed
-    meta = {"epoch": 1} | meta
+    meta = META | {"epoch": 1} | meta
     return ck.save_checkpoint(root, step=step, valid_loss=loss, model_state=state(seed), trainer_state=trainer(seed), meta=meta)
 
 
@@ -100,7 +101,7 @@ def test_names_of_unknown_losses(tmp_path):
 
 def test_a_view_is_saved_without_the_table_behind_it(tmp_path):
     big = torch.zeros(100_000, 4)
-    path = ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={"row": big[:2]}, trainer_state={}, meta={})
+    path = ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={"row": big[:2]}, trainer_state={}, meta=META)
     assert (path / "model.pt").stat().st_size < 5_000
     assert ck.load_checkpoint(path, with_trainer=False).model_state["row"].shape == (2, 4)
 
@@ -128,16 +129,16 @@ def test_loaded_tensors_may_be_changed_without_touching_the_file(tmp_path):
 )
 def test_what_weights_only_refuses_is_refused_when_saving(tmp_path, value, where):
     with pytest.raises(TypeError) as error:
-        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={}, trainer_state=value, meta={})
+        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={}, trainer_state=value, meta=META)
     assert where in str(error.value)
     assert os.listdir(tmp_path) == []
 
 
 def test_model_state_and_meta_are_checked(tmp_path):
     with pytest.raises(TypeError, match="'a' is a int"):
-        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={"a": 1}, trainer_state={}, meta={})
+        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={"a": 1}, trainer_state={}, meta=META)
     with pytest.raises(TypeError, match="object"):
-        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={}, trainer_state={}, meta={"x": object()})
+        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={}, trainer_state={}, meta=META | {"x": object()})
     assert os.listdir(tmp_path) == []
 
 
