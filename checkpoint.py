@@ -163,7 +163,7 @@ def save_checkpoint(
     """Write a checkpoint folder under `root`; returns its path.
 
     step: updates done; valid_loss: of this step, None where it is not known (an earlier save of the same weights may tell it).
-    model_state: name -> tensor on any device; trainer_state: nested plain values and tensors; meta: what JSON can hold, with checkpoint_meta.py's keys.
+    model_state: name -> tensor on any device; trainer_state: nested plain values and tensors; meta: JSON, with checkpoint_meta.py's keys.
     The folder appears by one rename after everything in it is on the disk. A checkpoint of the same step is replaced.
     RunError when the disk is full: earlier checkpoints are whole then, and nothing temporary stays.
     """
@@ -324,7 +324,7 @@ def _folder_of_link(path: Path) -> Path | None:
 
 
 def _bare_weights(path: Path) -> str:
-    """Why a .pt without its folder is refused, said as exactly as its zip directory allows: nothing of a stranger's is unpickled for it."""
+    """Why a .pt without its folder is refused, said as exactly as its zip directory allows: it is not unpickled for that."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]  # below the one folder that torch.save makes
@@ -391,7 +391,7 @@ def evaluated(root: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, di
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a checkpoint folder: its own hash fits and every key is there, of its type. UserError when it is missing or damaged."""
+    """meta.json of a checkpoint folder: its own hash fits, every key is there, of its type. UserError when missing or damaged."""
     path = Path(folder) / META
     if not path.is_file():
         raise UserError(f"{path}: missing; a checkpoint folder holds it. Take another checkpoint.")
