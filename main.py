@@ -116,7 +116,7 @@ def train(arguments: ParsedArguments) -> int:
     try:
         banner(logger, arguments, config, run, device)
         trainer = build_trainer(config, run, logger, device)
-        trainer.take_up()
+        trainer.take_up(options.allow_other_data)
         if options.state_dict_path is not None and run.resume_from is None:
             load_weights(trainer, options)
         refused = False

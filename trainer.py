@@ -175,11 +175,11 @@ class Trainer:
                     self.save(None)
                     return
 
-    def take_up(self) -> None:
+    def take_up(self, allow_other_data: bool = False) -> None:
         """Go on from the run's checkpoint, where it has one, once: at the latest in `fit`. UserError where it does not fit."""
         if self.run.resume_from is not None and not self._taken_up:
             self._taken_up = True
-            self._resume(self.run.resume_from)
+            self._resume(self.run.resume_from, allow_other_data)
 
     def has_ended(self) -> bool:
         """Whether there is no step left to train, or no patience; an evaluation may still be due."""
@@ -501,13 +501,13 @@ class Trainer:
             "torch": torch.__version__,
         }
 
-    def _resume(self, path: Path) -> None:
+    def _resume(self, path: Path, allow_other_data: bool) -> None:
         loaded = checkpoints.load_checkpoint(path, with_trainer=True)
         with checkpoints.fits(path / checkpoints.META):
             check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
         if "averaged" in loaded.meta:
             raise UserError(f"--resume: {path} is a mean of checkpoints, without an optimiser's state. Start anew with --state_dict_path.")
-        for line in changed_since(loaded.meta, self.config, self.store, path):
+        for line in changed_since(loaded.meta, self.config, self.store, path, allow_other_data):
             self.logger.warn_once(line)
         with checkpoints.fits(path):
             self._restore(loaded.model_state, loaded.trainer_state)
