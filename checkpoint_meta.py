@@ -56,8 +56,14 @@ KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "metrics": (_is_metrics, "numbers by name"),
     "torch": _TEXT,
 }
-# Those that came later, or that not every checkpoint has: `averaged` is a mean's.
-LATER_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {"averaged": _NAMES}
+# Those that came later, or that not every checkpoint has: `averaged` is a mean's, the last three are of runs on CPU.
+LATER_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "averaged": _NAMES,
+    "device": _TEXT,
+    "cpu_capability": _TEXT,
+    "threads": _COUNT,
+    "numba": (lambda value: type(value) is bool, "true or false"),
+}
 
 
 def fault(meta: dict) -> str:

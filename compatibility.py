@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+import parallel
 from config import Config
 from errors import UserError
 from features import TableLayout, known_items_digest
+from kernels import usable_numba
 from model import heads_of
 
 # Settings that decide which samples form which batch: a run that goes on with others would repeat or lose users.
@@ -15,7 +19,8 @@ ORDER_SETTINGS = ("seed", "batch_size", "accumulate_steps", "length_buckets", "m
 OPTIMIZER_SETTINGS = ("optimizer", "table_optimizer", "ema_decay")
 OTHER_ROWS = "the same features in another order or other widths"
 MOST_NAMED = 3  # features of other data in a refusal
-# Settings that change neither losses nor metrics, so that a resumed run need not say that they changed.
+# Settings that change neither losses nor metrics, so that a resumed run need not say that they changed. What device and num_threads lead to
+# is compared by itself: see computed_on.
 FREE_SETTINGS = frozenset(
     "num_workers prefetch_batches chunk_size max_bad_lines device num_threads log_every_steps tensorboard run_name keep_last_k "
     "save_every_steps save_frequency gradient_checkpointing baselines eval_batch_size multimodal_features "
@@ -79,7 +84,33 @@ def check_items(meta: dict, store, path: Path) -> None:
         )
 
 
-def changed_since(meta: dict, config: Config, store, path: Path, allow_other_data: bool = False) -> Iterator[str]:
+def computed_on(device: torch.device) -> dict[str, str | int | bool]:
+    """What the bits of a run depend on besides its settings and data; a checkpoint notes it."""
+    if device.type == "cuda":
+        return {"torch": str(torch.__version__), "device": torch.cuda.get_device_name(device)}
+    return {
+        "torch": str(torch.__version__),  # whose own class compares versions, not text
+        "device": str(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": max(torch.get_num_threads(), parallel.num_threads()),  # within parallel.cores torch's own are fewer
+        "numba": usable_numba() is not None,  # dropout's masks are of another kind without it
+    }
+
+
+def other_bits(meta: dict, device: torch.device) -> str:
+    """A line where a run that goes on with the checkpoint computes on something else than it did then, "" where all is equal.
+
+    What an older checkpoint does not note is not compared.
+    """
+    changed = []
+    for key, now in computed_on(device).items():
+        if (then := meta.get(key, now)) != now:
+            then, now = (("not there", "there")[value] if key == "numba" else value for value in (then, now))
+            changed.append(f"{key.replace('cpu_', 'CPU ')} {then} then, {now} now")
+    return f"goes on, bit for bit no longer promised: {'; '.join(changed)}" if changed else ""
+
+
+def changed_since(meta: dict, config: Config, store, path: Path, device: torch.device, allow_other_data: bool = False) -> Iterator[str]:
     """What a run that goes on with a checkpoint has to say of data and settings that changed since, a line each.
 
     UserError where going on would not be the same run: other users, another order of them, other optimisers; and where the items are
@@ -108,6 +139,8 @@ def changed_since(meta: dict, config: Config, store, path: Path, allow_other_dat
             f"--resume: {', '.join(refused)} differ from the checkpoint's ({path}): it would not be the same run.\n"
             "Give the run's own settings, or start anew from its weights with --state_dict_path."
         )
+    if bits := other_bits(meta, device):
+        yield bits
     if changed:
         texts = [f"{key} {_shown(saved.get(key))} -> {_shown(config.get(key))}" for key in changed]
         yield f"settings changed since {path.name}: {', '.join(texts)}. The run goes on with the new ones."

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import board
 import checkpoint as checkpoints
-from compatibility import changed_since, check_compatible
+from compatibility import changed_since, check_compatible, computed_on
 from config import Config
 from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch, training_item_counts
 from embedding import Touched
@@ -498,7 +498,7 @@ class Trainer:
             "store": self.store.manifest["fingerprint"],
             "epoch": self.epoch,
             "metrics": self._valid_metrics,
-            "torch": torch.__version__,
+            **computed_on(self.device),
         }
 
     def _resume(self, path: Path, allow_other_data: bool) -> None:
@@ -507,7 +507,7 @@ class Trainer:
             check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
         if "averaged" in loaded.meta:
             raise UserError(f"--resume: {path} is a mean of checkpoints, without an optimiser's state. Start anew with --state_dict_path.")
-        for line in changed_since(loaded.meta, self.config, self.store, path, allow_other_data):
+        for line in changed_since(loaded.meta, self.config, self.store, path, self.device, allow_other_data):
             self.logger.warn_once(line)
         with checkpoints.fits(path):
             self._restore(loaded.model_state, loaded.trainer_state)

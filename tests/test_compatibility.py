@@ -8,12 +8,16 @@ from unittest import mock
 
 import pytest
 import test_main
+import torch
 from test_main import World, assert_mistake, contents, interrupt_at, places
 from test_trainer import make_trainer
 from tiny import tiny_store
 
 import checkpoint as checkpoints
+import compatibility
+import parallel
 import trainer
+from checkpoint_meta import LATER_KEYS
 from compatibility import layout_differences
 from features import Field
 from synthetic import generate
@@ -105,3 +109,67 @@ def test_other_users_are_refused_on_resume_all_the_same(world):
     generate(world.cwd / "more", 61, 80, "jsonl", max_length=10, mean_length=7)
     result = world.run(*places(world.cwd / "stopped"), "--data_path", "more", "--resume", "--allow_other_data")
     assert result.status == 2 and "Traceback" not in result.err
+
+
+# ---- what the bits depend on ----
+
+
+def started_as(meta: dict, now: dict, monkeypatch) -> str | None:
+    monkeypatch.setattr(compatibility, "computed_on", lambda device: now)
+    return compatibility.other_bits(meta, torch.device("cpu"))
+
+
+def test_what_changes_the_bits_is_said_in_one_line_and_nothing_where_all_is_equal(monkeypatch):
+    then = {"torch": "2.10.0", "device": "cpu", "cpu_capability": "AVX2", "threads": 2, "numba": True}
+    assert started_as(then, then, monkeypatch) == ""
+    assert started_as({"torch": "2.10.0"}, then, monkeypatch) == ""  # of before the other keys
+    line = "goes on, bit for bit no longer promised: torch 2.10.0 then, 2.13.0 now"
+    for meta in (then, {"torch": "2.10.0"}):
+        assert started_as(meta, then | {"torch": "2.13.0"}, monkeypatch) == line
+    now = {"torch": "2.13.0", "device": "cpu", "cpu_capability": "AVX512", "threads": 1, "numba": False}
+    rest = "CPU capability AVX2 then, AVX512 now; threads 2 then, 1 now; numba there then, not there now"
+    assert started_as(then, now, monkeypatch) == f"{line}; {rest}"
+    now_cuda = {"torch": "2.10.0", "device": "NVIDIA H100"}
+    assert started_as(then, now_cuda, monkeypatch) == "goes on, bit for bit no longer promised: device cpu then, NVIDIA H100 now"
+    assert started_as(now, now | {"numba": True}, monkeypatch).endswith("numba not there then, there now")
+
+
+def test_what_the_present_process_computes_on(monkeypatch):
+    """Asked for inside and outside the training loop, which is where checkpoints are written and read."""
+    device = torch.device("cpu")
+    found = compatibility.computed_on(device)
+    assert set(found) == {"torch", "device", "cpu_capability", "threads", "numba"} and set(found) - {"torch"} <= set(LATER_KEYS)
+    assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads() and found["device"] == "cpu"
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with parallel.cores(4):  # torch's own threads are fewer there
+            assert compatibility.computed_on(device)["threads"] == 4
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(compatibility, "usable_numba", lambda: None)
+    assert compatibility.computed_on(device)["numba"] is False
+
+
+def test_a_resumed_run_says_what_changes_its_bits(tmp_path, monkeypatch):
+    pytest.importorskip("numba")
+    make_trainer(tmp_path / "a", max_steps=2).fit()
+    start = checkpoints.newest_valid(tmp_path / "a")
+    found, capability = [], torch.backends.cpu.get_cpu_capability()
+    for name in ("same", "other", "older"):
+        resumed = make_trainer(tmp_path / name, resume_from=start, max_steps=4)
+        monkeypatch.setattr(resumed.logger, "warn_once", lambda text, **_: found.append(text))
+        if name == "other":
+            monkeypatch.setattr(compatibility, "usable_numba", lambda: None)
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NONE")
+        if name == "older":
+            monkeypatch.setattr(checkpoints, "read_meta", older(checkpoints.read_meta))
+        resumed.take_up()
+    assert [text for text in found if "bit for bit" in text] == [
+        f"goes on, bit for bit no longer promised: CPU capability {capability} then, NONE now; numba there then, not there now"
+    ]
+
+
+def older(read):
+    """read_meta of a checkpoint of before these keys."""
+    return lambda path: {key: value for key, value in read(path).items() if key not in ("cpu_capability", "threads", "device", "numba")}
