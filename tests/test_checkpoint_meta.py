@@ -106,4 +106,8 @@ def test_resume_passes_it_over(world, key):
     assert result.status == 0, result.err
     assert f"damaged checkpoint passed over: {newest}/meta.json: {key} is missing" in result.out
     assert f"resumed at step 6 from {before}" in result.out and (run / "ckpt" / f"damaged-{newest.name}").is_dir()
+    notes = [row["note"] for row in map(json.loads, (run / "log/train.log").read_text().splitlines()) if "note" in row]
+    assert [note[:24] for note in notes] == ["damaged checkpoint passe", "set aside: global_step8."] and all(
+        note in result.out for note in notes
+    )
     assert losses_of(run / "log") == losses_of(world.cwd / "log") and status_of(run / "log")["state"] == "finished"

@@ -108,6 +108,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(world, count):
             and f"resumed at step {STEPS - 2 * EVERY} from" in said
         ), what
         assert (root / ("damaged-" + world.newest)).is_dir()  # nothing is deleted
+        assert '"note": "damaged checkpoint passed over: ' in (root.parent / "log/train.log").read_text(), what
 
 
 # ---- row 2: crashes -----------------------------------------------------------------------------------------------------
