@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from atomic import TEMPORARY, fsync_folder, or_disk_full, unused
+from checkpoint_meta import fault
 from errors import ForeignFormatError, RunError, UserError
 
 FORMAT_VERSION = 2
@@ -161,7 +163,7 @@ def save_checkpoint(
     """Write a checkpoint folder under `root`; returns its path.
 
     step: updates done; valid_loss: of this step, None where it is not known (an earlier save of the same weights may tell it).
-    model_state: name -> tensor on any device; trainer_state: nested plain values and tensors; meta: what JSON can hold.
+    model_state: name -> tensor on any device; trainer_state: nested plain values and tensors; meta: JSON, with checkpoint_meta.py's keys.
     The folder appears by one rename after everything in it is on the disk. A checkpoint of the same step is replaced.
     RunError when the disk is full: earlier checkpoints are whole then, and nothing temporary stays.
     """
@@ -179,6 +181,8 @@ def save_checkpoint(
         loss = _known_loss(root, step, files[MODEL]) if valid_loss is None else float(valid_loss)
         final = root / checkpoint_name(step, loss)
         sealed = dict(meta) | {"format_version": FORMAT_VERSION, "step": step, "valid_loss": loss, "files": files}
+        if wrong := fault(plain_json(sealed)):
+            raise TypeError(f"meta: {wrong}")
         with open(temporary / META, "wb") as file:
             file.write(_meta_text(sealed).encode())
             file.flush()
@@ -282,8 +286,10 @@ def find_checkpoint(path: Path) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        if (path / META).is_file() or (path / MODEL).is_file():
+        if (path / META).is_file() or (path / TRAINER).is_file():  # this project's, whatever it has lost
             return path
+        if (path / MODEL).is_file():
+            raise UserError(_bare_weights(path / MODEL))
         inside = list_checkpoints(path)
         hint = "Name a folder global_stepN.valid_loss=X."
         hint = f"It holds {len(inside)} checkpoints; name one, such as {inside[-1]}." if inside else hint
@@ -318,13 +324,18 @@ def _folder_of_link(path: Path) -> Path | None:
 
 
 def _bare_weights(path: Path) -> str:
-    """Why a .pt without its folder is refused, said as exactly as its content allows."""
+    """Why a .pt without its folder is refused, said as exactly as its zip directory allows: it is not unpickled for that."""
     try:
-        state = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
-        tensors = isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())
-        found = f"a bare state_dict ({len(state)} tensors, the organisers' layout)" if tensors else f"a {type(state).__name__}"
-    except Exception as error:  # whatever a stranger's file makes torch raise
-        found = f"a file that torch refuses ({type(error).__name__})"
+        with zipfile.ZipFile(path) as archive:
+            names = [name.partition("/")[2] for name in archive.namelist()]  # below the one folder that torch.save makes
+        num_tensors = sum(bool(re.fullmatch(r"data/\d+", name)) for name in names)
+        found = "a zip file that torch.save did not write"
+        if "data.pkl" in names:
+            found = f"looks like a bare state_dict ({num_tensors} tensors, the organisers' layout)"
+            found = found if num_tensors else "a file of torch.save without tensors"
+        found = "a TorchScript archive" if "constants.pkl" in names else found
+    except Exception as error:  # whatever a stranger's file makes the reader raise
+        found = f"no zip file of torch.save ({type(error).__name__})"
     return (
         f"{path}: {found} without {META}: the settings and the numbering of ids it was trained with are unknown.\n"
         f"Expected a checkpoint of main.py: a folder with {MODEL} and {META}, or a link in the folder that holds it."
@@ -380,11 +391,10 @@ def evaluated(root: Path, log: Callable[[str], None]) -> Iterator[tuple[Path, di
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a checkpoint folder, its own hash checked; UserError when it is missing or damaged."""
+    """meta.json of a checkpoint folder: its own hash fits, every key is there, of its type. UserError when missing or damaged."""
     path = Path(folder) / META
     if not path.is_file():
-        weights = path.parent / MODEL
-        raise UserError(_bare_weights(weights) if weights.is_file() else f"{path}: missing; a checkpoint folder holds it.")
+        raise UserError(f"{path}: missing; a checkpoint folder holds it. Take another checkpoint.")
     if path.stat().st_size > _META_BYTES:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes; expected at most {_META_BYTES:,}. It is damaged: take another checkpoint.")
     data = path.read_bytes()
@@ -395,15 +405,15 @@ def read_meta(folder: Path) -> dict:
         raise UserError(f"{path}: expected text that fits its meta_sha256, found {found}. Damaged or edited: take another checkpoint.")
     try:
         meta = json.loads(data)
-        version = meta["format_version"]
-        seals = [meta["files"][name] for name in (MODEL, TRAINER)]
-        known = all(isinstance(seal["sha256"], str) and isinstance(seal["size"], int) for seal in seals)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        version = meta.get("format_version")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint's {META}: {type(error).__name__}: {error}. Take another checkpoint.") from None
-    if version != FORMAT_VERSION or not known:
+    if type(version) is int and version != FORMAT_VERSION:
         raise ForeignFormatError(
             f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}. Use the version of this project that wrote it."
         )
+    if wrong := fault(meta):
+        raise UserError(f"{path}: {wrong}. Damaged or edited: take another checkpoint.")
     return meta
 
 

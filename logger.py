@@ -287,13 +287,24 @@ class RunLogger:
         for line in format_table(rows, header):
             self.say("  " + line)
 
-    def warn_once(self, text: str) -> None:
-        """A warning on the console, the first time that this text comes."""
+    def warn_once(self, text: str, *, keep: bool = False) -> None:
+        """A warning on the console, the first time that this text comes; keep: as a note in train.log too."""
         if text not in self._warned:
             self._warned.add(text)
             self.say(self._paint("warning:", _YELLOW) + f" {text}")
+            if keep:
+                self.note(f"warning: {text}", console=False)
 
     # -- records
+
+    def note(self, text: str, *, console: bool = True) -> None:
+        """What befell the run beside its steps: a line on the console (console: not where it was said before) and in train.log.
+
+        There it is {"time", "note", "run_seconds"}: without global_step it is no record, and read_train_log leaves it out.
+        """
+        if console:
+            self.say(text)
+        self._append({"time": time.time(), "note": text})
 
     def train_line(self, record: dict) -> None:
         """A log step: one line in train.log, the console's line (or the bar on a terminal) and TensorBoard's scalars

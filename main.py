@@ -104,19 +104,24 @@ def train(arguments: ParsedArguments) -> int:
     if options.state_dict_path is not None:
         checkpoints.find_checkpoint(options.state_dict_path)  # a wrong path is said before anything is made, or removed by --overwrite
     embeddings_of(config)  # so is a wrong data folder
+    said: list[str] = []  # before there is a log
     run = prepare_run(
         config.paths,
         run_name=config.system.run_name,
         resume=options.resume,
         resume_path=options.resume_path or "",
         overwrite=options.overwrite,
+        log=lambda text: (print(text), said.append(text)),
     )
     logger = open_logger(config, run, resume_step=resume_step(run))
+    for text in said:
+        if text.startswith(("damaged checkpoint", "set aside")):  # what the disk no longer shows as it was
+            logger.note(text, console=False)
     step, refused = resume_step(run) or 0, bool(run.before)
     try:
         banner(logger, arguments, config, run, device)
         trainer = build_trainer(config, run, logger, device)
-        trainer.take_up()
+        trainer.take_up(options.allow_other_data)
         if options.state_dict_path is not None and run.resume_from is None:
             load_weights(trainer, options)
         refused = False

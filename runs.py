@@ -31,6 +31,7 @@ from checkpoint import (
     list_checkpoints,
     newest_valid,
     plain_json,
+    read_meta,
     set_aside_newer,
 )  # fmt: skip
 from errors import SMALL_FILE_BYTES, RunError, UserError, disk_full
@@ -424,6 +425,7 @@ def _resume_given(given: Path, paths: Paths, name: str, base: Path, log: Callabl
             raise UserError(f"--resume_path: {given}: no valid checkpoint in {where}. Start anew without --resume_path.")
     else:
         folder = find_checkpoint(where)
+        read_meta(folder)  # a damaged one is refused before anything is made
     owner = _owner_of(folder, paths, base)
     run = owner or _new_folders(paths, name, base)
     inside = list_checkpoints(run.checkpoint_dir)

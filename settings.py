@@ -38,7 +38,7 @@ class Options:
     json: bool = setting(False, "With doctor: print JSON.")
     dry_run: bool = setting(False, "Do everything up to one update and one batch of the evaluation, keep no file, and stop.")
     allow_other_data: bool = setting(
-        False, "Take the checkpoint of state_dict_path though its items are numbered otherwise than the data's."
+        False, "Take the checkpoint of state_dict_path or resume though its items are numbered otherwise than the data's."
     )
     overwrite: bool = setting(False, "Let a new run write into another run's folder.")
     debug: bool = setting(False, "Show the traceback of any failure.")

@@ -131,7 +131,9 @@ def check_checkpoint(folder: Path) -> str:
     from checkpoint import load_checkpoint, save_checkpoint
 
     weights = torch.arange(6.0).view(2, 3)
-    meta = {"config": {}, "schema": {}}
+    lists, counts = dict.fromkeys(("layout", "embeddings"), []), dict.fromkeys(("num_items", "num_users", "num_events", "epoch"), 0)
+    objects, texts = dict.fromkeys(("config", "schema", "metrics"), {}), dict.fromkeys(("item_ids", "store", "torch"), "")
+    meta = lists | counts | objects | texts
     path = save_checkpoint(folder / "ck", step=7, valid_loss=0.5, model_state={"w": weights}, trainer_state={"step": 7}, meta=meta)
     loaded = load_checkpoint(path, with_trainer=True)
     same = torch.equal(loaded.model_state["w"], weights) and loaded.trainer_state["step"] == 7

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import board
 import checkpoint as checkpoints
-from compatibility import changed_since, check_compatible
+from compatibility import changed_since, check_compatible, computed_on
 from config import Config
 from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch, training_item_counts, training_samples
 from embedding import Touched
@@ -175,11 +175,11 @@ class Trainer:
                     self.save(None)
                     return
 
-    def take_up(self) -> None:
+    def take_up(self, allow_other_data: bool = False) -> None:
         """Go on from the run's checkpoint, where it has one, once: at the latest in `fit`. UserError where it does not fit."""
         if self.run.resume_from is not None and not self._taken_up:
             self._taken_up = True
-            self._resume(self.run.resume_from)
+            self._resume(self.run.resume_from, allow_other_data)
 
     def has_ended(self) -> bool:
         """Whether there is no step left to train, or no patience; an evaluation may still be due."""
@@ -498,17 +498,17 @@ class Trainer:
             "store": self.store.manifest["fingerprint"],
             "epoch": self.epoch,
             "metrics": self._valid_metrics,
-            "torch": torch.__version__,
+            **computed_on(self.device),
         }
 
-    def _resume(self, path: Path) -> None:
+    def _resume(self, path: Path, allow_other_data: bool) -> None:
         loaded = checkpoints.load_checkpoint(path, with_trainer=True)
         with checkpoints.fits(path / checkpoints.META):
             check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
         if "averaged" in loaded.meta:
             raise UserError(f"--resume: {path} is a mean of checkpoints, without an optimiser's state. Start anew with --state_dict_path.")
-        for line in changed_since(loaded.meta, self.config, self.store, path):
-            self.logger.warn_once(line)
+        for line in [*changed_since(loaded.meta, self.config, self.store, path, self.device, allow_other_data)]:  # a refusal notes none
+            self.logger.warn_once(line, keep=True)
         with checkpoints.fits(path):
             self._restore(loaded.model_state, loaded.trainer_state)
         self._valid_metrics = loaded.meta["metrics"]
@@ -537,8 +537,8 @@ class Trainer:
             raise reason
         root, metric, lost = self.run.checkpoint_dir, self.config.eval.best_metric, self.best_name
         if lost and (root / lost).is_dir():
-            checkpoints.set_aside(root / lost, self.logger.say)
-        left = {path.name: meta["metrics"].get(metric) for path, meta in checkpoints.evaluated(root, self.logger.say)}
+            checkpoints.set_aside(root / lost, self.logger.note)
+        left = {path.name: meta["metrics"].get(metric) for path, meta in checkpoints.evaluated(root, self.logger.note)}
         values = {name: value if metric not in LOWER_IS_BETTER else -value for name, value in left.items() if value is not None}
         what = "none that was evaluated is left: the next evaluation is the best so far"
         if values:
@@ -548,7 +548,7 @@ class Trainer:
             what = f"the best that is left is {self.best_name}, {metric} {self.best_value:.4f}"
         else:
             self._forget_best()
-        self.logger.warn_once(f"the best checkpoint, {lost}, is lost: {' '.join(str(reason).split())}\n{what}.")
+        self.logger.warn_once(f"the best checkpoint, {lost}, is lost: {' '.join(str(reason).split())}\n{what}.", keep=True)
 
     def _restore(self, model_state: dict[str, Tensor], state: dict) -> None:
         """What a checkpoint holds; whatever a damaged or strange one raises is fits's to explain."""

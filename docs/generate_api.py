@@ -20,7 +20,7 @@ CHAIN = (
     "errors atomic schema setting_keys config settings plain_pickle kernels step_kernels parallel columns store_files sources "
     "sources_loops sources_jsonl sources_parquet sources_workers indexer item_table candidates multimodal store_build store dataset "
     "features embedding layers attention_bias experts backbones time_features actions losses negatives training_loss metrics muon "
-    "optim averaging updates model retrieval transitions baselines evaluate checkpoint ensemble serve export ranks slices "
+    "optim averaging updates model retrieval transitions baselines evaluate checkpoint_meta checkpoint ensemble serve export ranks slices "
     "report_samples report_data logger runs report_html charts report_shape report_read report_compare report_users report_sections "
     "run_list report pictures board compatibility trainer final_test sizes footprint machine estimate doctor_findings doctor_machine "
     "doctor_data doctor dry_run reference benchmark_process benchmark_parts benchmark_child planted planted_features synthetic_files"

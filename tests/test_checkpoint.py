@@ -7,11 +7,13 @@ import os
 import pickle
 import random
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import META
 
 import checkpoint as ck
 from errors import UserError
@@ -32,7 +34,7 @@ def trainer(seed: int) -> dict:
 
 def save(root: Path, step: int, loss: float | None = None, seed: int | None = None, **meta: object) -> Path:
     seed = step if seed is None else seed
-    meta = {"epoch": 1} | meta
+    meta = META | {"epoch": 1} | meta
     return ck.save_checkpoint(root, step=step, valid_loss=loss, model_state=state(seed), trainer_state=trainer(seed), meta=meta)
 
 
@@ -99,7 +101,7 @@ def test_names_of_unknown_losses(tmp_path):
 
 def test_a_view_is_saved_without_the_table_behind_it(tmp_path):
     big = torch.zeros(100_000, 4)
-    path = ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={"row": big[:2]}, trainer_state={}, meta={})
+    path = ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={"row": big[:2]}, trainer_state={}, meta=META)
     assert (path / "model.pt").stat().st_size < 5_000
     assert ck.load_checkpoint(path, with_trainer=False).model_state["row"].shape == (2, 4)
 
@@ -127,16 +129,16 @@ def test_loaded_tensors_may_be_changed_without_touching_the_file(tmp_path):
 )
 def test_what_weights_only_refuses_is_refused_when_saving(tmp_path, value, where):
     with pytest.raises(TypeError) as error:
-        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={}, trainer_state=value, meta={})
+        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={}, trainer_state=value, meta=META)
     assert where in str(error.value)
     assert os.listdir(tmp_path) == []
 
 
 def test_model_state_and_meta_are_checked(tmp_path):
     with pytest.raises(TypeError, match="'a' is a int"):
-        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={"a": 1}, trainer_state={}, meta={})
+        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={"a": 1}, trainer_state={}, meta=META)
     with pytest.raises(TypeError, match="object"):
-        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={}, trainer_state={}, meta={"x": object()})
+        ck.save_checkpoint(tmp_path, step=1, valid_loss=None, model_state={}, trainer_state={}, meta=META | {"x": object()})
     assert os.listdir(tmp_path) == []
 
 
@@ -149,6 +151,8 @@ def test_plain_json():
 
 
 def damage(path: Path, kind: str, rng: random.Random) -> None:
+    if kind == "remove":
+        return path.unlink()
     data = bytearray(path.read_bytes())
     if kind == "truncate":
         data = data[: rng.randrange(len(data))]
@@ -158,14 +162,14 @@ def damage(path: Path, kind: str, rng: random.Random) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["truncate", "flip"])
-def test_200_damages_are_detected_before_load_and_the_previous_one_is_taken(tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize(("kind", "count"), [("truncate", 200), ("flip", 200), ("remove", 20)])
+def test_damages_are_detected_before_load_and_the_previous_one_is_taken(tmp_path, kind, count, monkeypatch):
     root, rng = tmp_path / "c", random.Random(kind)
     old, new = save(root, 10), save(root, 20)
     spare = tmp_path / "spare"
     shutil.copytree(new, spare)
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("read before the hashes were compared"))
-    for _ in range(200):
+    for _ in range(count):
         damage(new / rng.choice([ck.MODEL, ck.TRAINER, ck.META]), kind, rng)
         lines = []
         assert ck.newest_valid(root, lines.append) == old
@@ -194,6 +198,16 @@ def test_messages_name_file_expected_and_found(tmp_path):
         ck.load_checkpoint(path, with_trainer=False)
     assert str(path / ck.MODEL) in str(error.value) and f"expected {size:,} bytes, found {size - 1:,}" in str(error.value)
     assert str(error.value).count("\n") < 3
+
+
+def test_a_checkpoint_without_meta_is_damaged_and_not_looked_into(tmp_path, monkeypatch):
+    old, new = save(tmp_path, 1), save(tmp_path, 2)
+    (new / ck.META).unlink()
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *a, **k: pytest.fail("looked into"))
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("unpickled"))
+    lines = []
+    assert ck.newest_valid(tmp_path, lines.append) == old
+    assert lines == [f"damaged checkpoint passed over: {new / ck.META}: missing; a checkpoint folder holds it. Take another checkpoint."]
 
 
 def test_infer_needs_no_trainer_file(tmp_path):
@@ -269,18 +283,28 @@ def test_meta_of_another_shape_is_refused(tmp_path, text):
         ck.read_meta(path)
 
 
-def test_the_organisers_layout_is_refused_with_the_reason(tmp_path):
+def test_the_organisers_layout_is_refused_with_the_reason(tmp_path, monkeypatch):
+    """Told by the file's zip directory: nothing of a stranger's is unpickled only to word a refusal."""
     folder = tmp_path / "global_step1200.valid_loss=0.0959"
     folder.mkdir()
     torch.save(state(1), folder / "model.pt")
     torch.save(state(1), tmp_path / "weights.pt")
+    torch.save({"step": 3}, tmp_path / "numbers.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
+        archive.writestr("a/b.txt", "hello")
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a stranger's file was unpickled"))
     for given in (folder, folder / "model.pt", tmp_path / "weights.pt"):
         with pytest.raises(UserError) as error:
             ck.load_checkpoint(given, with_trainer=False)
         assert "bare state_dict (3 tensors" in str(error.value) and "meta.json" in str(error.value) and "Expected" in str(error.value)
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(UserError, match="a file that torch refuses"):
-        ck.find_checkpoint(tmp_path / "text.pt")
+    for name, words in (
+        ("text.pt", "no zip file of torch.save"), ("other.pt", "a zip file that torch.save did not write"),
+        ("numbers.pt", "a file of torch.save without tensors"), ("script.pt", "a TorchScript archive"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            ck.find_checkpoint(tmp_path / name)
 
 
 def test_wrong_paths(tmp_path):

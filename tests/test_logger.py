@@ -132,6 +132,27 @@ def test_read_train_log_gives_one_history(tmp_path):
     assert read_train_log(path) == [rows[0], rows[1], rows[5], rows[6]]
 
 
+def test_notes_stand_in_train_log_and_are_no_records(tmp_path):
+    """Whoever reads the history, the time that the run took or a line at a time as JSON is not disturbed by them."""
+    out = io.StringIO()
+    log = RunLogger(tmp_path, None, stream=out)
+    log.note("damaged checkpoint passed over: a/meta.json")
+    log.note("said before", console=False)
+    for _ in range(2):
+        log.warn_once("other bits", keep=True)
+        log.warn_once("a fan is loud")
+    log.train_line({"global_step": 1, "loss": 0.5})
+    log.note("the end")
+    log.close()
+    rows = lines(tmp_path / "train.log")
+    notes = ["damaged checkpoint passed over: a/meta.json", "said before", "warning: other bits", None, "the end"]
+    assert [row.get("note") for row in rows] == notes and all(set(row) == {"time", "note", "run_seconds"} for row in rows if "note" in row)
+    assert [row["global_step"] for row in read_train_log(tmp_path / "train.log")] == [1]
+    assert run_seconds(tmp_path / "train.log") == rows[-1]["run_seconds"]
+    said = out.getvalue()
+    assert "said before" not in said and said.count("warning: other bits") == 1 and "damaged checkpoint passed over: a/meta.json\n" in said
+
+
 # ---- TensorBoard --------------------------------------------------------------------------------------------------------
 
 

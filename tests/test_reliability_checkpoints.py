@@ -55,8 +55,11 @@ def world(tmp_path_factory):
 
 
 def damage(path: Path, kind: str, chance: random.Random) -> str:
-    """Cut a file or flip one bit of it: anywhere, in its first or last 512 bytes (a zip's directory), at a page's edge."""
+    """Remove a file, cut it, or flip one bit of it: anywhere, in its first or last 512 bytes (a zip's directory), at a page's edge."""
     data = bytearray(path.read_bytes())
+    path.unlink()  # links keep the whole file
+    if kind == "removal":
+        return f"{kind} of {path.name}"
     size = len(data)
     places = [chance.randrange(size), chance.randrange(min(512, size)), size - 1 - chance.randrange(min(512, size))]
     place = chance.choice([*places, min(size - 1, 4096 * chance.randrange(1 + size // 4096))])
@@ -64,12 +67,11 @@ def damage(path: Path, kind: str, chance: random.Random) -> str:
         data = data[:place]
     else:
         data[place] ^= 1 << chance.randrange(8)
-    path.unlink()  # links keep the whole file
     path.write_bytes(data)
     return f"{kind} of {path.name} at {place} of {size}"
 
 
-@pytest.mark.parametrize("kind", ["cut", "flip"])
+@pytest.mark.parametrize("kind", ["cut", "flip", "removal"])
 @pytest.mark.parametrize("count", rounds(200, 5)[1:])
 def test_a_damaged_checkpoint_is_found_before_it_is_read(world, count, kind, monkeypatch):
     """Row 5: files of a real run."""
@@ -96,7 +98,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(world, count):
     chance, runs = random.Random(5), world.runs
     for number in range(count):
         root = world.copy("resumed")
-        what = damage(root / world.newest / chance.choice(["model.pt", "trainer.pt", "meta.json"]), ["cut", "flip"][number % 2], chance)
+        what = damage(
+            root / world.newest / chance.choice(["model.pt", "trainer.pt", "meta.json"]), ["cut", "flip", "removal"][number % 3], chance
+        )
         runs.went_on_exactly("resumed", samples=False)
         said = runs.console("resumed")
         assert (
@@ -104,6 +108,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(world, count):
             and f"resumed at step {STEPS - 2 * EVERY} from" in said
         ), what
         assert (root / ("damaged-" + world.newest)).is_dir()  # nothing is deleted
+        assert '"note": "damaged checkpoint passed over: ' in (root.parent / "log/train.log").read_text(), what
 
 
 # ---- row 2: crashes -----------------------------------------------------------------------------------------------------

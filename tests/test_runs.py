@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import META
 
 import checkpoint as ck
 import runs
@@ -28,7 +29,8 @@ def paths(log: object = "", tensorboard: object = "", checkpoint: object = "") -
 
 
 def save(root: Path, step: int, loss: float | None = None) -> Path:
-    return ck.save_checkpoint(root, step=step, valid_loss=loss, model_state={"a": torch.full((4,), float(step))}, trainer_state={}, meta={})
+    state = {"a": torch.full((4,), float(step))}
+    return ck.save_checkpoint(root, step=step, valid_loss=loss, model_state=state, trainer_state={}, meta=META)
 
 
 def folders(run: runs.RunPaths) -> list[Path]:

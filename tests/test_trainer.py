@@ -238,6 +238,7 @@ def test_a_resumed_run_says_that_the_best_checkpoint_is_lost_and_takes_the_best_
     trainer.fit()
     said = [text for text in trainer.logger._warned if "is lost" in text]
     assert len(said) == 1 and best in said[0] and f"the best that is left is {second}, hr@10 {values[second]:.4f}" in said[0]
+    assert f'"note": "warning: the best checkpoint, {best}, is lost: ' in (tmp_path / "train.log").read_text()
     assert (trainer.best_name, trainer.best_value) == (second, values[second])
     assert os.path.samefile(tmp_path / "best_model.pt", tmp_path / second / "model.pt")
     assert (tmp_path / f"damaged-{best}").is_dir() == (how != "gone")  # nothing is deleted
@@ -357,7 +358,7 @@ def test_a_checkpoint_of_another_model_or_order_is_refused(tmp_path):
         make_trainer(tmp_path / "b", resume_from=start, hidden_units=32).fit()
     with pytest.raises(UserError, match="batch_size differ"):
         make_trainer(tmp_path / "c", resume_from=start, batch_size=4).fit()
-    with pytest.raises(UserError, match="other numbers of items"):
+    with pytest.raises(UserError, match="of other data .item_id: 30 values in the checkpoint, 31 in the data"):
         make_trainer(tmp_path / "d", resume_from=start, store=tiny_store(num_users=40, num_items=31)).fit()
 
 

@@ -74,3 +74,10 @@ def tiny_store(num_users=12, num_items=20, min_events=3, max_events=9, seed=0, h
         manifest={"fingerprint": "tiny"},
         summary={},
     )
+
+
+# meta.json's keys of a checkpoint that no trainer wrote.
+META = {
+    "config": {}, "schema": {}, "layout": [], "embeddings": [], "num_items": 0, "num_users": 0, "num_events": 0, "item_ids": "",
+    "store": "", "epoch": 0, "metrics": {}, "torch": "2.13.0",
+}  # fmt: skip
