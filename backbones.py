@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_bias import AttentionBias, Pairs
 from experts import Experts
-from layers import CausalSelfAttention, Dropout, FeedForward, Packing, make_norm, rotary, rotate
+from layers import CausalSelfAttention, Dropout, FeedForward, Packing, is_exporting, make_norm, rotary, rotate
 from parallel import replayed
 
 POINTWISE_USERS = 64  # users whose pointwise attention is held at once where no gradient is wanted
@@ -101,7 +101,7 @@ class PointwiseAttention(nn.Module):
         value, query, key = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in grid.chunk(3, dim=-1))
         if sequence.cos_sin is not None:
             query, key = rotate(query, sequence.cos_sin), rotate(key, sequence.cos_sin)
-        if torch.is_grad_enabled() or torch.compiler.is_exporting():  # torch.export knows no number of users to loop over
+        if torch.is_grad_enabled() or is_exporting():  # torch.export knows no number of users to loop over
             mixed = self._pointwise(query, key, value, bias)
         else:
             mixed = self._pointwise_in_parts(query, key, value, bias)

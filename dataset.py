@@ -118,6 +118,10 @@ class Batch(NamedTuple):
     unique_ids: torch.Tensor  # (M,) item ids ascending; unique_ids[0] = 0, the padding item
     max_length: int  # tokens of the longest user, known on the host so that no device has to be asked
 
+    def predicting(self) -> torch.Tensor:
+        """(T,) int64 tokens that predict a target, of a training batch."""
+        return self.target_tokens if self.target_tokens.numel() else torch.arange(len(self.owner), device=self.owner.device)
+
 
 class NegativeSampling(NamedTuple):
     """Which negatives a training batch carries.

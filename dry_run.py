@@ -22,6 +22,7 @@ def try_out(trainer: Trainer) -> list[tuple[str, str]]:
         for number in range(group):
             batch, features = move(trainer._build(number), trainer.device)
             users += batch.users.shape[0]
+            trainer.batch = number + 1  # named where the update is not finite
             (trainer._accumulate if number < group - 1 else trainer._update)(batch, features)
     trained = time.perf_counter()
     split = trainer.splits.valid.take(np.arange(min(trainer.splits.valid.num_samples, trainer.config.eval.eval_batch_size)))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from layers import Dropout, FeedForward
+from layers import Dropout, FeedForward, is_exporting
 
 
 class Experts(nn.Module):
@@ -44,7 +44,7 @@ class Experts(nn.Module):
         probability = self.router(x).float().softmax(-1)  # (N, E)
         weight, chosen = probability.topk(self.active)  # (N, K)
         weight = (weight / weight.sum(-1, keepdim=True)).to(x.dtype)
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return self._by_all(x, weight, chosen), probability.new_ones(())
         flat = chosen.view(-1)
         order = flat.argsort(stable=True)  # places n * K + k, an expert's together

@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 import step_kernels
 from parallel import Piece, dropout_generator, row_pieces, run, user_pieces
 
+# Whether torch.export traces the model. torch 2.7 brought it: with an older one --export of some models fails, in torch; all else works.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
 
 class Packing(NamedTuple):
     """Where packed tokens lie in a right-padded (B, T) grid."""

@@ -44,6 +44,13 @@ class Encoded(NamedTuple):
     state: Tensor  # (T, D) the queries before the wanted action modulates them; `query` itself where it does not
     balance: Tensor | None  # how evenly the experts are used, a scalar, see experts.Experts; None without
 
+    def of_targets(self, batch: Batch) -> Encoded:
+        """From all tokens' queries and states (N, D) to those that predict a target."""
+        if not batch.target_tokens.numel():
+            return self
+        query = self.query.index_select(0, batch.target_tokens)
+        return self._replace(query=query, state=query if self.state is self.query else self.state.index_select(0, batch.target_tokens))
+
 
 class DenseProjection(nn.Module):
     """Projects a multimodal vector; where an item has none, a learnt vector stands in.
@@ -251,11 +258,7 @@ class Recommender(nn.Module):
         """All that a loss takes of a batch. wanted: as in `encode_sequence`."""
         items = self.encode_items(features.items)
         query, state, balance = self.encode_sequence(items.history, batch, features.users, wanted)
-        if batch.target_tokens.numel():
-            same = state is query
-            query = query.index_select(0, batch.target_tokens)
-            state = query if same else state.index_select(0, batch.target_tokens)
-        return Encoded(query, items.candidate, state, balance)
+        return Encoded(query, items.candidate, state, balance).of_targets(batch)
 
     def forward(self, batch: Batch, features: FeatureInputs, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Query vectors (T, D) and candidate vectors (M, D) of a batch."""

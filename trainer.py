@@ -25,6 +25,7 @@ import checkpoint as checkpoints
 from compatibility import changed_since, check_compatible, computed_on
 from config import Config
 from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch, training_item_counts, training_samples
+from diagnosis import Generators, Suspect, Update, bad_weights, find_cause
 from embedding import Touched
 from errors import ForeignFormatError, RunError, Terminated, UserError
 from evaluate import Ranker, Ranking, candidate_ids, move, places_found, split_metrics, trained_items, wanted_actions, without_cold
@@ -67,7 +68,7 @@ class _Share(NamedTuple):
     num_targets: int
     losses: Tensor  # (2,) means over the targets: the loss, and that of the action head
     touched: list[Touched]
-    users: Tensor  # (B,)
+    suspect: Suspect  # what it takes to compute the batch again
 
 
 class Trainer:
@@ -263,6 +264,7 @@ class Trainer:
         A batch weighs as much as it has targets, so that each target of an update counts the same, as it would in one large batch. With
         length_buckets batches differ several times in length: the mean of their means would favour the targets of users with few events.
         """
+        suspect = Suspect(self.batch - 1, Generators.now(self.device))
         with self._autocast():
             encoded = self.model.encode(batch, features)
         loss = self.loss(encoded.query, encoded.item_emb, batch, self.model.temperature())
@@ -277,7 +279,7 @@ class Trainer:
         (total * (self.scaler.scale * weight)).backward()
         touched = [entry for entry in self.model.table.pop_touched() if entry.leaf.grad is not None]
         values = torch.stack((loss.detach().float(), action_loss.detach().float()))
-        self._shares.append(_Share(num_targets, values, touched, batch.users))
+        self._shares.append(_Share(num_targets, values, touched, suspect))
 
     def _update(self, batch: Batch, features: FeatureInputs) -> None:
         """The update's last (or only) batch: forward, backward, one norm over dense and sparse gradients, then all updates."""
@@ -297,8 +299,9 @@ class Trainer:
         if self.scaler.enabled:
             self.scaler.update(finite)
         if not finite and not (self.scaler.enabled and self.scaler.scale >= 1.0):
-            worst = next((share for share, loss in zip(shares, losses) if not math.isfinite(loss)), shares[-1])
-            self._skip_or_stop(worst.users, loss_value)
+            was_finite = [math.isfinite(loss + action_loss) for loss, action_loss in zip(losses, action_losses)]
+            suspects = [share.suspect._replace(finite=finite) for share, finite in zip(shares, was_finite)]
+            self._skip_or_stop(suspects, touched, loss_value)
         if finite:
             self.updates.apply(touched, clip_scale(norm, self.config.training.gradient_clip) / loss_scale, self.step)
             self.loss_sum, self.loss_count = self.loss_sum + loss_value, self.loss_count + 1
@@ -309,26 +312,22 @@ class Trainer:
         dtype = AUTOCAST.get(self.config.training.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
-    def _skip_or_stop(self, rows: Tensor, loss: float) -> None:
-        """A step that is not finite: nothing is updated; warn up to max_skipped_steps times, else RunError. rows: the batch's users (B,).
+    def _skip_or_stop(self, suspects: list[Suspect], touched: list[Touched], loss: float) -> None:
+        """A step that is not finite: nothing is updated; warn up to max_skipped_steps times, else RunError. Both say what it was.
 
-        Both name tensors and samples. Weights that are not finite stop the run: no later batch would mend them.
+        Weights that are not finite stop the run: no later batch would mend them.
         """
-        bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        weights = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
-        users = ", ".join(self.store.raw_user_ids.take(rows[:5].cpu().numpy()))
-        tensors = ", ".join(["weights of " + name for name in weights] + ["gradient of " + name for name in bad][:5]) or "rows of the table"
+        build = lambda number: move(self._build(number), self.device)
+        made_with = (self.config, self.store, self.layout, self.embeddings, self.model, self.loss, self.device, build, self._autocast)
+        found = find_cause(Update(*made_with, self.scaler.scale), suspects, touched)
         what = f"step {self.step + 1}, epoch {self.epoch}: loss {loss}, gradient norm {self._last_norm}"
-        where = f"not finite: {tensors}; the batch's users begin with {users}."
+        where = f"the first that is not finite: {found.where(self.order.num_batches)}."
         most = self.config.training.max_skipped_steps
-        if self.skipped_steps < most and not weights:
+        if self.skipped_steps < most and not bad_weights(self.model):
             self.skipped_steps += 1
             self.logger.warn_once(f"{what}; skipped, {self.skipped_steps} of at most {most}; {where}")
             return
-        raise RunError(
-            f"{what}; stopped before the update.\n{where}\n"
-            "Lower learning_rate, set gradient_clip, or look at these users' data; max_skipped_steps leaves some of such steps out."
-        )
+        raise RunError(f"{what}; stopped before the update.\n{where[0].upper()}{where[1:]}\n{found.remedy}")
 
     # ---- logs ----
 

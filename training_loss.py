@@ -40,37 +40,50 @@ class TrainingLoss:
 
     def __call__(self, query: Tensor, item_emb: Tensor, batch: Batch, temperature: Tensor | None = None) -> Tensor:
         """query (T, D), item_emb (M, D) of batch.unique_ids; the mean over targets. temperature: the learnt one, a scalar; None = fixed."""
-        config = self.config
-        weights = None if self.action_weights is None else self.action_weights[batch.target_actions]
+        if self.config.name != "sampled_softmax":
+            return self._of(query, item_emb, batch, temperature)
+        targets = batch.target_index.unique() if self.frequency is not None or self.bank is not None else None
+        if self.frequency is not None:
+            self.frequency.update(batch.unique_ids[targets])
+        loss = self._of(query, item_emb, batch, temperature)
+        if self.bank is not None:
+            self.bank.update(batch.unique_ids[targets], item_emb[targets])
+        return loss
+
+    def of_targets(self, query: Tensor, item_emb: Tensor, batch: Batch, targets: Tensor, temperature: Tensor | None = None) -> Tensor:
+        """The mean over some targets (n,) int64 of the batch alone, with the candidates of the whole; the state stays as it is."""
+        return self._of(query, item_emb, batch, temperature, targets)
+
+    def _of(self, query: Tensor, item_emb: Tensor, batch: Batch, temperature: Tensor | None, targets: Tensor | None = None) -> Tensor:
+        config, num_targets = self.config, query.shape[0]
+        part = (lambda column: column) if targets is None else (lambda column: column.index_select(0, targets))
+        query, target_index = part(query), part(batch.target_index)
+        weights = None if self.action_weights is None else self.action_weights[part(batch.target_actions)]
         if config.name == "bce":
-            return bce_loss(query, item_emb, batch.target_index, batch.negative_index, weights=weights, chunk_size=config.chunk_size)
+            return bce_loss(query, item_emb, target_index, part(batch.negative_index), weights=weights, chunk_size=config.chunk_size)
+        hidden = None
+        if config.mask_seen_negatives:
+            hidden = _seen_by_user(batch, 1 if config.name == "full_softmax" else 0)
+            hidden = hidden._replace(owner=part(hidden.owner))
         options = {
             "temperature": config.temperature if temperature is None else temperature,
             "weights": weights,
             "label_smoothing": config.label_smoothing,
+            "hidden": hidden,
             "hard_negatives": config.hard_negatives,
             "chunk_size": config.chunk_size,
         }
         if config.name == "full_softmax":  # unique_ids are 0 (padding), 1 .. num_items
-            hidden = _seen_by_user(batch, 1) if config.mask_seen_negatives else None
-            return softmax_loss(query, item_emb[1:], batch.target_index - 1, hidden=hidden, **options)
-        targets = batch.target_index.unique() if self.frequency is not None or self.bank is not None else None
-        if self.frequency is not None:
-            self.frequency.update(batch.unique_ids[targets])
-        more = self._bank(batch, query.shape[0])
-        loss = softmax_loss(
+            return softmax_loss(query, item_emb[1:], target_index - 1, **options)
+        return softmax_loss(
             query,
             item_emb,
-            batch.target_index,
+            target_index,
             candidate_index=batch.candidate_index,
-            log_q=self._log_q(batch.unique_ids, query.shape[0]),
-            hidden=_seen_by_user(batch, 0) if config.mask_seen_negatives else None,
-            more=more,
+            log_q=self._log_q(batch.unique_ids, num_targets),
+            more=self._bank(batch, num_targets),
             **options,
         )
-        if self.bank is not None:
-            self.bank.update(batch.unique_ids[targets], item_emb[targets])
-        return loss
 
     def _bank(self, batch: Batch, num_tokens: int) -> MoreCandidates | None:
         if self.bank is None:
@@ -104,7 +117,7 @@ class TrainingLoss:
 def _seen_by_user(batch: Batch, first: int) -> Hidden:
     """Each user's inputs and targets of this batch; `first`: the place in unique_ids of the first row that the loss is given."""
     inputs = batch.positions > 0  # the user token is no item
-    tokens = batch.target_tokens if batch.target_tokens.numel() else torch.arange(len(batch.owner), device=batch.owner.device)
+    tokens = batch.predicting()
     owner = batch.owner[tokens]
     ends = (batch.lengths - 1 + torch.bincount(owner, minlength=len(batch.lengths))).cumsum(0)
     offsets = torch.cat((ends.new_zeros(1), ends))

@@ -22,8 +22,9 @@ CHAIN = (
     "features embedding layers attention_bias experts backbones time_features actions losses negatives training_loss metrics muon "
     "optim averaging updates model retrieval transitions baselines evaluate checkpoint_meta checkpoint ensemble serve export ranks slices "
     "report_samples report_data logger runs report_html charts report_shape report_read report_compare report_users report_sections "
-    "run_list report pictures board compatibility trainer final_test sizes footprint machine estimate doctor_findings doctor_machine "
-    "doctor_data doctor dry_run reference benchmark_process benchmark_parts benchmark_child planted planted_features synthetic_files"
+    "run_list report pictures board compatibility diagnosis trainer final_test sizes footprint machine estimate doctor_findings "
+    "doctor_machine doctor_data doctor dry_run reference benchmark_process benchmark_parts benchmark_child planted planted_features "
+    "synthetic_files"
 ).split()
 # Scripts that people start and nothing imports.
 ENTRY = "main infer combine convert synthetic benchmark simple_test simple_demo test".split()

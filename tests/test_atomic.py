@@ -20,6 +20,8 @@ from config import Config
 from errors import RunError
 from machine import scratch_near
 
+pytestmark = [pytest.mark.reliability, pytest.mark.fast]
+
 
 @pytest.fixture
 def dead() -> int:

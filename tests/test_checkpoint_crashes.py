@@ -22,6 +22,8 @@ import checkpoint as ck
 from atomic import write_text_atomic
 from errors import RunError
 
+pytestmark = [pytest.mark.reliability, pytest.mark.fast]
+
 
 # ---- crashes ------------------------------------------------------------------------------------------------------------
 

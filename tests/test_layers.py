@@ -1,12 +1,15 @@
 """layers.Dropout: its rate, scale, bits and gradient. The blocks themselves are tested through the model (tests/test_model.py)."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import layers
 from layers import Dropout
 
 
@@ -122,3 +125,15 @@ def test_checkpointing_draws_the_same_mask_twice(use_reentrant):
 
 def test_repr_says_the_rate():
     assert repr(Dropout(0.25)) == "Dropout(rate=0.25)"
+
+
+def test_a_torch_without_is_exporting_is_one_that_does_not_export(monkeypatch):
+    """Before 2.7, as a platform may have that installs nothing: experts and HSTU ask on each forward pass."""
+    assert layers.is_exporting is torch.compiler.is_exporting
+    monkeypatch.delattr(torch.compiler, "is_exporting")
+    spec = importlib.util.spec_from_file_location("layers_of_an_old_torch", layers.__file__)
+    old = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(old)
+    assert old.is_exporting() is False
+    sources = [path for path in Path(layers.__file__).parent.glob("*.py") if path.stem != "layers"]
+    assert not [path.name for path in sources if "compiler.is_exporting" in path.read_text(encoding="utf-8")]

@@ -15,6 +15,8 @@ import pytest
 from errors import UserError
 from plain_pickle import load_plain_pickle
 
+pytestmark = [pytest.mark.reliability, pytest.mark.fast]
+
 PLAIN = [
     {"u": {"a": 1}, "i": {10**15: 2, 2**64 - 1: 3}, "f": {"100": {"x": 1}}},
     [1, -(2**70), 2.5, True, None, "é", b"\xff\x00", b"", (), (1, (2, [3]))],

@@ -3,6 +3,8 @@
 import pytest
 from unsafe_loads import unsafe_loads
 
+pytestmark = [pytest.mark.reliability, pytest.mark.fast]
+
 UNSAFE = [
     "import pickle as p\np.load(f)",
     "from pickle import loads as l\nl(b)",

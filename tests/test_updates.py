@@ -1,5 +1,7 @@
 """updates.py and what the trainer does by it: Muon, average of weights, accumulated batches, schedules of groups; exact resume."""
 
+import re
+
 import pytest
 import torch
 from test_trainer import final_state, fit_until_signal, losses_of, make_trainer
@@ -130,12 +132,14 @@ def test_a_batch_that_is_not_finite_stops_the_update_of_all(tmp_path):
     before = trainer.model.user_token.detach().clone()
     loss = trainer.loss
     trainer.__dict__["loss"] = lambda *a: loss(*a) * float("inf")
+    trainer.batch = 1
     trainer._accumulate(*first)
-    trainer.__dict__["loss"] = loss
+    trainer.__dict__["loss"], trainer.batch = loss, 2
     with pytest.raises(RunError, match="stopped before the update") as error:
         trainer._update(*second)
     users = trainer.store.raw_user_ids.take(first[0].users[:5].numpy())
-    assert ", ".join(users) in str(error.value) and torch.equal(trainer.model.user_token, before)
+    whose = f"The first that is not finite: the loss, though not when .*; batch 1 of 5, users {', '.join(users)} and 3 more\\."
+    assert re.fullmatch(whose, str(error.value).splitlines()[1]) and torch.equal(trainer.model.user_token, before)
 
 
 def test_merged_rows_have_the_sum_of_their_gradients(tmp_path):
