@@ -7,7 +7,6 @@ Legend: U users, E events, S sampled users.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from doctor_findings import FAIL, PASS, WARN, Finding, finding
 from errors import UserError
 from estimate import Data
 from indexer import read_indexer
+from machine import scratch_near
 from sources import first_places, parts
 
 SAMPLE_USERS, SAMPLE_VECTORS = 100_000, 20_000
@@ -91,8 +91,8 @@ def check_indexer(store) -> Iterator[Finding]:
     if not path.exists():
         yield Finding(PASS, "data.indexer", "none; numbers serve as raw ids")
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        indexer = read_indexer(path, Path(scratch))
+    with scratch_near(store.path.parent) as scratch:
+        indexer = read_indexer(path, scratch)
     beyond = []
     for _, name, values in _feature_values(store):
         most = int(values.max(initial=0))
