@@ -85,6 +85,12 @@ def temporary_folder(path: Path, mode: int = 0o777) -> Iterator[Path]:
         yield made
 
 
+def probe(folder: Path) -> None:
+    """Make a file in a folder and remove it; OSError where that cannot be."""
+    with _held(Path(folder) / "probe", folder=False, mode=0o666):
+        pass
+
+
 def sweep(folder: Path, name: str) -> int:
     """Remove the unfinished files and folders that nobody holds, for things of a name (a regular expression); returns how many.
 

@@ -39,6 +39,10 @@ LEAK_GAIN, LEAK_SHARE = 0.3, 0.6
 def check_store(config: Config, data: Data, *, kept: bool) -> Iterator[Finding]:
     """Everything that can be told from an open store. kept: it stays when the doctor is done, and its list of rejects with it."""
     store = data.store
+    for what in store.mended:
+        yield Finding(WARN, "data.cache", what, "copy cache folders while nothing writes there; where it comes again, try another disk")
+    if not store.mended:
+        yield Finding(PASS, "data.cache", "the compiled files have the hashes that were noted when they were compiled")
     yield from _noted(store, kept)
     counts = training_item_counts(store, data.splits.train)
     yield from _times(store)

@@ -164,7 +164,8 @@ def estimate(arguments: ParsedArguments) -> int:
 
 def doctor(arguments: ParsedArguments) -> int:
     """--doctor: a line a check; status 1 where one fails. Writes nothing but the store (and demo data)."""
-    found = examine(arguments, lambda config, log: open_data(with_demo_data(config), log), choose_device, environ=dict(os.environ))
+    opened = lambda config, log: open_data(with_demo_data(config), log, verify_all=True)
+    found = examine(arguments, opened, choose_device, environ=dict(os.environ))
     return show_findings(found, as_tree=arguments.options.json)
 
 
@@ -311,10 +312,11 @@ def embeddings_of(config: Config) -> tuple[str, ...]:
     return choose_embeddings(lambda i: has_embedding(data_path, schema[i]), schema, config.data.multimodal_features)
 
 
-def open_data(config: Config, log: Callable[[str], None]) -> Data:
-    """Open the store, compiling it where it is missing, and split it."""
+def open_data(config: Config, log: Callable[[str], None], *, verify_all: bool = False) -> Data:
+    """Open the store, compiling it where it is missing or damaged, and split it. verify_all: hash files that look unchanged, too."""
     data_path, embeddings = Path(config.paths.data_path), embeddings_of(config)
-    store = open_store(data_path, Path(config.paths.cache_path), embeddings=embeddings, max_bad_lines=config.data.max_bad_lines, log=log)
+    told = {"embeddings": embeddings, "max_bad_lines": config.data.max_bad_lines}
+    store = open_store(data_path, Path(config.paths.cache_path), **told, log=log, verify_all=verify_all)
     splits = make_splits(
         store,
         protocol=config.eval.protocol,
