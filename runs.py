@@ -5,7 +5,6 @@ Must not know models or training; settings reach it as plain paths.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -14,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -33,7 +33,7 @@ from checkpoint import (
     plain_json,
     set_aside_newer,
 )  # fmt: skip
-from errors import SMALL_FILE_BYTES, RunError, UserError, disk_full
+from errors import RunError, UserError
 
 STATES = ("running", "finished", "failed", "interrupted")
 STATUS, TRAIN_LOG, LOCK = "status.json", "train.log", ".lock"
@@ -91,19 +91,31 @@ def read_status(log_dir: Path) -> dict:
 def write_status(log_dir: Path, state: str, step: int, reason: str = "", **more: object) -> bool:
     """Write status.json atomically: state (one of STATES), step (updates done), reason (one line; "" where all is well).
 
-    What prepare_run put there (name, checkpoint_path, tensorboard_path) stays. False when the disk is full: the old file is whole
-    then, and "running" counts as unfinished, so nothing is lost by going on.
+    What prepare_run put there (name, checkpoint_path, tensorboard_path) stays. False when the disk is full, which is said once for each
+    state: the old file is whole then, and "running" counts as unfinished, so nothing is lost by going on.
     """
+    try:
+        _put_status(log_dir, state, step, reason, **more)
+    except RunError as error:
+        if (str(log_dir), state) not in _said:
+            _said.add((str(log_dir), state))
+            old = read_status(log_dir).get("state", "nothing")
+            print(f"warning: {str(error).splitlines()[0]} It says {old} in place of {state}.", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+_said: set[tuple[str, str]] = set()  # folders and states of which write_status has warned
+
+
+def _put_status(log_dir: Path, state: str, step: int, reason: str = "", **more: object) -> None:
+    """write_status, but a full disk is a RunError."""
     if state not in STATES:
         raise ValueError(f"state is {state!r}; expected one of {', '.join(STATES)}")
     old = {key: value for key, value in read_status(log_dir).items() if key in ("kind", "name", "checkpoint_path", "tensorboard_path")}
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     status = {"state": state, "step": int(step), "reason": reason, "time": now, "pid": os.getpid()} | old | more
-    try:
-        write_text_atomic(Path(log_dir) / STATUS, json.dumps(plain_json(status), indent=1) + "\n")
-    except RunError:
-        return False
-    return True
+    write_text_atomic(Path(log_dir) / STATUS, json.dumps(plain_json(status), indent=1) + "\n")
 
 
 def write_start_files(log_dir: Path, resolved_yaml: str, argv: Sequence[str], environment: dict) -> None:
@@ -159,8 +171,7 @@ def prepare_run(
         set_aside_newer(run.checkpoint_dir, -1 if run.resume_from is None else step, log)
     before = read_status(run.log_dir)
     where = {"checkpoint_path": str(run.checkpoint_dir.resolve()), "tensorboard_path": str(run.tensorboard_dir.resolve())}
-    if not write_status(run.log_dir, "running", step, "", name=run.name, **where):
-        raise disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), run.log_dir / STATUS, SMALL_FILE_BYTES)
+    _put_status(run.log_dir, "running", step, "", name=run.name, **where)
     return replace(run, locks=locks, before=before)
 
 

@@ -1,8 +1,10 @@
 """runs.py: names, whose folder it is, resuming, status, start files, the environment."""
 
+import errno
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -324,18 +326,31 @@ def test_write_status(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="state is 'done'"):
         runs.write_status(tmp_path, "done", 1)
 
-    def full(path, text):
-        raise RunError("full")
 
-    monkeypatch.setattr(runs, "write_text_atomic", full)
-    assert not runs.write_status(tmp_path, "finished", 13)
-    assert runs.read_status(tmp_path)["state"] == "interrupted"
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_at_the_start_is_an_error(prepare, monkeypatch):
-    monkeypatch.setattr(runs, "write_text_atomic", lambda path, text: (_ for _ in ()).throw(RunError("full")))
-    with pytest.raises(RunError, match="no space left"):
-        prepare()
+def test_a_status_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capfd):
+    """The last word of a run that is over: without it the folder says "running", which only the console can tell."""
+    runs.write_status(tmp_path, "running", 12)
+    monkeypatch.setattr(os, "fsync", full)
+    for _ in range(3):
+        assert not runs.write_status(tmp_path, "finished", 13)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and re.match(rf"warning: {tmp_path}/status.json: no space left to write \(\d+ bytes needed\): .*", said[0])
+    assert said[0].endswith("It says running in place of finished.")
+    assert not runs.write_status(tmp_path, "failed", 13) and "in place of failed" in capfd.readouterr().err
+    assert runs.read_status(tmp_path)["state"] == "running"
+
+
+def test_a_full_disk_at_the_start_is_an_error(prepare, tmp_path, monkeypatch, capfd):
+    prepare(paths(tmp_path / "l", tmp_path / "t", tmp_path / "c"))
+    monkeypatch.setattr(runs, "make_folder", lambda path: None)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"status.json: no space left to write \(\d+ bytes needed\)"):
+        prepare(paths(tmp_path / "l", tmp_path / "t", tmp_path / "c"), overwrite=True)
+    assert not capfd.readouterr().err
 
 
 def test_start_files_and_environment(tmp_path):
