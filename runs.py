@@ -37,6 +37,7 @@ from errors import RunError, UserError
 
 STATES = ("running", "finished", "failed", "interrupted")
 STATUS, TRAIN_LOG, LOCK = "status.json", "train.log", ".lock"
+EVENTS_OWNER = ".run"  # in a TensorBoard folder: the one run folder whose events lie there
 _OWN_FILES = (
     STATUS, TRAIN_LOG, "metrics.json", "report.html", "ranks.npz", "report.json", "command.txt", "environment.json", "config.resolved.yaml",
 )  # fmt: skip
@@ -159,9 +160,11 @@ def prepare_run(
         run = _resume_newest(paths, name, base, log)
     else:
         run = _new_folders(paths, name, base)
+        run = _owned_folders(run, paths, base, log) if overwrite else run
     locks = _open_folders(run)
     if not (resume or resume_path):
-        _refuse_or_clear(run, overwrite)
+        _refuse_or_clear(run, overwrite, log)
+    _mark_events(run)
     clean_temporary(run.checkpoint_dir)
     for path in run.log_dir.glob(f"{TEMPORARY}*"):
         if path.is_file():
@@ -211,6 +214,32 @@ def _new_folders(paths: Paths, name: str, base: Path) -> RunPaths:
     return RunPaths(log_dir, tensorboard_dir, checkpoint_dir, free)
 
 
+def _owned_folders(run: RunPaths, paths: Paths, base: Path, log: Callable[[str], None]) -> RunPaths:
+    """--overwrite: the run with new folders in place of those that status.json alone gives it and that hold what may be another's."""
+    wished = {"tensorboard_dir": ("tensorboard_path", "tb_logs"), "checkpoint_dir": ("checkpoint_path", "checkpoints")}
+    for where, (key, default) in wished.items():
+        folder = getattr(run, where)
+        if getattr(paths, key) or not folder.exists() or _owns(run.log_dir, folder):
+            continue
+        run = replace(run, **{where: unused(Path(base) / default / run.name)})
+        log(f"--overwrite: {folder} stays as it is: nothing in it names the run in {run.log_dir}. {key} is now {getattr(run, where)}")
+    return run
+
+
+def _mark_events(run: RunPaths) -> None:
+    """Note in a TensorBoard folder outside the run folder whose it is, while no event lies there; one that two runs share is nobody's."""
+    folder, log_dir = run.tensorboard_dir, run.log_dir.resolve()
+    if folder.resolve().is_relative_to(log_dir):
+        return
+    if not list(folder.glob("events.out.tfevents.*")):
+        try:
+            write_text_atomic(folder / EVENTS_OWNER, f"{log_dir}\n")
+        except RunError:
+            return  # a full disk: the logger says so, and goes on without events
+    elif _line_of(folder / EVENTS_OWNER, 0) != str(log_dir):
+        (folder / EVENTS_OWNER).unlink(missing_ok=True)
+
+
 def _make_folder(path: Path, key: str) -> None:
     try:
         make_folder(path)
@@ -237,14 +266,29 @@ def _open_folders(run: RunPaths) -> tuple[IO[str], ...]:
     return tuple(locks)
 
 
+def _line_of(path: Path, number: int) -> str:
+    """A line of a small text file; "" where there is none."""
+    try:
+        words = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return words[number] if len(words) > number else ""
+
+
 def _noted_owner(checkpoint_dir: Path) -> Path | None:
     """The run folder whose checkpoints lie here, as its lock file says; None where it says nothing, or where that folder is gone."""
-    try:
-        words = (Path(checkpoint_dir) / LOCK).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None
-    owner = Path(words[1]) if len(words) > 1 else None
-    return owner if owner is not None and (owner / STATUS).is_file() else None
+    owner = _line_of(Path(checkpoint_dir) / LOCK, 1)
+    return Path(owner) if owner and (Path(owner) / STATUS).is_file() else None
+
+
+def _owns(log_dir: Path, folder: Path) -> bool:
+    """Whether what lies in a folder is this run's to remove: it is inside the run folder, or its own mark names that.
+
+    What status.json says is no proof: it may be a copy's, or a stranger's.
+    """
+    log_dir, folder = Path(log_dir).resolve(), Path(folder).resolve()
+    marks = (_line_of(folder / LOCK, 1), _line_of(folder / EVENTS_OWNER, 0))
+    return str(log_dir) in marks or (folder.is_relative_to(log_dir) and _belongs_to_another(folder, log_dir) is None)
 
 
 def _belongs_to_another(checkpoint_dir: Path, log_dir: Path) -> Path | None:
@@ -297,7 +341,7 @@ def _traces(run: RunPaths) -> Path | None:
     return found[-1] if found else None
 
 
-def _refuse_or_clear(run: RunPaths, overwrite: bool) -> None:
+def _refuse_or_clear(run: RunPaths, overwrite: bool, log: Callable[[str], None]) -> None:
     trace = _traces(run)
     if trace is None:
         return
@@ -311,7 +355,16 @@ def _refuse_or_clear(run: RunPaths, overwrite: bool) -> None:
             f"{run.checkpoint_dir} holds the checkpoints of the run in {other}; --overwrite removes those of {run.log_dir} alone.\n"
             "Give another checkpoint_path."
         )
-    _clear(run.log_dir, run.checkpoint_dir, run.tensorboard_dir)
+    _clear(run.log_dir, run.checkpoint_dir, _own_or_none(run.log_dir, run.tensorboard_dir, log))
+
+
+def _own_or_none(log_dir: Path, folder: Path | None, log: Callable[[str], None]) -> Path | None:
+    """The folder, if it is this run's to clear; else None, and a line."""
+    if folder is None or _owns(log_dir, folder):
+        return folder
+    if folder.is_dir() and any(folder.iterdir()):
+        log(f"{folder} stays as it is: nothing in it names the run in {log_dir}")
+    return None
 
 
 def _clear(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: Path | None) -> None:
@@ -329,24 +382,25 @@ def _clear(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: Path | N
         (log_dir / name).unlink(missing_ok=True)
 
 
-def clear_folders(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: Path | None) -> bool:
+def clear_folders(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: Path | None, log: Callable[[str], None] = print) -> bool:
     """Remove a run's files (`report.py --prune`), and each of its folders that is empty then; False where a living process holds the run.
 
-    None for a folder that is not the run's own.
+    None for a folder that is not the run's own. One outside the run folder that does not itself name the run stays, and a line says so.
     """
     lock, holder = _take_lock(log_dir)
     if holder:
         return False
-    if checkpoint_dir is not None and _belongs_to_another(checkpoint_dir, log_dir):
-        checkpoint_dir = None
-    elif checkpoint_dir is not None:
-        (checkpoint_dir / LOCK).unlink(missing_ok=True)
+    checkpoint_dir, tensorboard_dir = (_own_or_none(log_dir, folder, log) for folder in (checkpoint_dir, tensorboard_dir))
     _clear(log_dir, checkpoint_dir, tensorboard_dir)
+    for folder, name in ((checkpoint_dir, LOCK), (tensorboard_dir, EVENTS_OWNER)):
+        if folder is not None:
+            (folder / name).unlink(missing_ok=True)
     (log_dir / LOCK).unlink(missing_ok=True)
     if lock is not None:
         lock.close()
-    for folder in (log_dir, checkpoint_dir, tensorboard_dir):
-        if folder is not None and folder.is_dir() and not any(folder.iterdir()):
+    folders = [folder for folder in (checkpoint_dir, tensorboard_dir, log_dir) if folder is not None]  # one may lie in the last
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return True
 
@@ -361,7 +415,9 @@ def _step_of(checkpoint: Path) -> int:
 def _folders_of(log_dir: Path, paths: Paths, base: Path) -> RunPaths:
     """The folders of the run that lives in log_dir: those given now, else those it noted, else the default ones."""
     status = read_status(log_dir)
-    name = str(status.get("name") or log_dir.resolve().name)
+    name = str(status.get("name") or "")
+    if name in ("", ".", "..") or Path(name).name != name:  # not ours: it would lead elsewhere
+        name = log_dir.resolve().name
 
     def choose(given: str, key: str, default: str) -> Path:
         if given:
