@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -23,7 +24,7 @@ from typing import IO, Protocol
 import numpy as np
 import torch
 
-from atomic import TEMPORARY, make_folder, unused, write_text_atomic
+from atomic import make_folder, sweep, unused, write_text_atomic
 from checkpoint import (
     LINK_NAME,
     clean_temporary,
@@ -166,9 +167,9 @@ def prepare_run(
         _refuse_or_clear(run, overwrite, log)
     _mark_events(run)
     clean_temporary(run.checkpoint_dir)
-    for path in run.log_dir.glob(f"{TEMPORARY}*"):
-        if path.is_file():
-            path.unlink()
+    sweep(run.log_dir, ".+")
+    for folder in (run.log_dir, run.log_dir.parent):
+        _settle_evaluations(folder)
     step = 0 if run.resume_from is None else _step_of(run.resume_from)
     if resume or resume_path:
         set_aside_newer(run.checkpoint_dir, -1 if run.resume_from is None else step, log)
@@ -192,8 +193,20 @@ def prepare_eval(paths: Paths, *, run_name: str = "", now: datetime | None = Non
     log_dir = unused(wished)
     run = RunPaths(log_dir, Path(paths.tensorboard_path or log_dir), Path(paths.checkpoint_path or log_dir), log_dir.name)
     _make_folder(log_dir, "log_path")
+    lock, _ = _take_lock(log_dir, log_dir.resolve())
+    _settle_evaluations(log_dir.parent)
     write_status(log_dir, "running", 0, "", name=run.name, kind="eval")
-    return run
+    return replace(run, locks=() if lock is None else (lock,))
+
+
+def _settle_evaluations(folder: Path) -> None:
+    """Evaluations in a folder whose process was killed: their status says so from now on, and what is half-written goes."""
+    for path in sorted(path.parent for path in folder.glob(f"*/{STATUS}")):
+        status = read_status(path)
+        if status.get("kind") == "eval" and status["state"] == "running" and not is_alive(path):
+            sweep(path, ".+")
+            step = status.get("step")
+            write_status(path, "interrupted", step if isinstance(step, int) else 0, "its process was killed")
 
 
 def _default_name(run_name: str, now: datetime) -> str:
@@ -310,16 +323,21 @@ def _take_lock(folder: Path, owner: Path | None = None) -> tuple[IO[str] | None,
     except BlockingIOError:
         lock.seek(0)
         text = (lock.read().splitlines() or [""])[0].strip()
+        # Not by the number: two containers that share a disk may both have ours.
+        ours = any(not one.closed and os.path.samestat(os.fstat(one.fileno()), os.fstat(lock.fileno())) for one in _held)
         lock.close()
-        holder = int(text) if text.isdigit() else -1
-        return None, 0 if holder == os.getpid() else holder
+        return None, 0 if ours else int(text) if text.isdigit() else -1
     except OSError:
         lock.close()
         return None, 0
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n" + (f"{owner}\n" if owner is not None else ""))
     lock.flush()
+    _held.add(lock)
     return lock, 0
+
+
+_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()  # the locks that this process took
 
 
 def is_alive(log_dir: Path) -> bool:

@@ -20,6 +20,7 @@ import torch
 import checkpoint as ck
 import runs
 from errors import RunError, UserError
+from run_list import find_runs
 
 NOW = datetime(2026, 5, 4, 3, 2, 1)
 LATER = datetime(2026, 5, 4, 4, 0, 0)
@@ -299,6 +300,25 @@ def test_a_living_run_is_neither_resumed_nor_overwritten_and_a_killed_one_is(pre
     assert prepare(resume=True).resume_from.resolve() == path
 
 
+@pytest.mark.parametrize("number", ["another", "ours"])
+def test_a_lock_is_ours_because_we_hold_it_not_by_its_number(prepare, tmp_path, number):
+    """Two containers that share a disk may both have the same number."""
+    code = HOLD.format(root=str(Path(runs.__file__).parent), log=str(tmp_path / "logs" / "alive"))
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline().strip() == "ready"
+        lock = tmp_path / "logs/alive/.lock"
+        lock.write_text(lock.read_text().replace(str(child.pid), str(os.getpid() if number == "ours" else child.pid)))
+        with pytest.raises(UserError, match="a run is going on there"):
+            prepare(paths(tmp_path / "logs" / "alive"), resume=True)
+        assert runs.is_alive(tmp_path / "logs/alive")
+    finally:
+        child.kill()
+        child.wait()
+    first = runs.prepare_run(paths(tmp_path / "mine"), log=lambda _: None)
+    assert first.locks and runs.prepare_run(paths(tmp_path / "mine"), resume=True, log=lambda _: None).log_dir == first.log_dir
+
+
 # ---- evaluation folders -------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +332,40 @@ def test_evaluations_have_folders_of_their_own_and_are_never_resumed(prepare, tm
     assert free.log_dir == Path("logs/20260504-030201-eval")
     runs.write_status(free.log_dir, "failed", 0, "x")
     assert runs.read_status(free.log_dir)["kind"] == "eval" and runs.unfinished_runs() == []
+
+
+EVALUATE = """
+import sys, time
+sys.path.insert(0, {root!r})
+from types import SimpleNamespace
+from pathlib import Path
+import atomic, runs
+run = runs.prepare_eval(SimpleNamespace(log_path={log!r}, tensorboard_path="", checkpoint_path=""))
+with atomic.replacing(run.log_dir / "metrics.json", 9) as file:
+    print(run.log_dir, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("next_start", ["evaluation", "training"])
+def test_a_killed_evaluation_is_settled_by_the_next_start_and_a_living_one_is_left(prepare, tmp_path, next_start):
+    run = prepare(paths(tmp_path / "log"))
+    code = EVALUATE.format(root=str(Path(runs.__file__).parent), log=str(run.log_dir))
+    start = lambda: runs.prepare_eval(paths(run.log_dir)) if next_start == "evaluation" else prepare(paths(run.log_dir), resume=True)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        folder = Path(child.stdout.readline().strip())
+        start()
+        assert runs.read_status(folder)["state"] == "running" and list(folder.glob(".tmp-*"))
+        assert {one.folder: one.state for one in find_runs([run.log_dir])}[folder] == "running"
+    finally:
+        child.kill()
+        child.wait()
+    assert {one.folder: one.state for one in find_runs([run.log_dir])}[folder] == "killed"
+    start()
+    status = runs.read_status(folder)
+    assert (status["state"], status["reason"], status["kind"]) == ("interrupted", "its process was killed", "eval")
+    assert not list(folder.glob(".tmp-*"))
 
 
 # ---- status and start files ---------------------------------------------------------------------------------------------
