@@ -1,11 +1,14 @@
 """Files and folders that appear whole or not at all, and the sweeping of what processes that died left half-written.
 
 Must not know what they hold. Folders that many processes share have locks besides (store.py, runs.py).
+A temporary is held by a lock (flock) on itself, which the kernel lets go of when its maker dies. Its number says nothing: in a container
+Python may have the same one at each start, and two containers that share a disk see each other's as dead.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -72,26 +75,103 @@ def unused(path: Path) -> Path:
     return next(free for free in chain((path,), (path.with_name(f"{path.name}-{n}") for n in count(2))) if not free.exists())
 
 
-def temporary_for(path: Path) -> Path:
-    """The name beside `path` under which this process makes what will take its place; what dead processes left under theirs is removed."""
-    path = Path(path)
-    sweep(path.parent, re.escape(path.name))
-    return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+@contextmanager
+def temporary_folder(path: Path, mode: int = 0o777) -> Iterator[Path]:
+    """A new folder beside `path`, to be renamed to it or to work in; removed at the end of the block where it still has its name.
+
+    What dead processes left under such names for `path` is removed first. mode: who may enter it, as for mkdir.
+    """
+    with _held(Path(path), folder=True, mode=mode) as (made, _):
+        yield made
+
+
+def probe(folder: Path) -> None:
+    """Make a file in a folder and remove it; OSError where that cannot be."""
+    with _held(Path(folder) / "probe", folder=False, mode=0o666):
+        pass
 
 
 def sweep(folder: Path, name: str) -> int:
-    """Remove the unfinished files and folders of dead processes for things of a name (a regular expression); returns how many.
+    """Remove the unfinished files and folders that nobody holds, for things of a name (a regular expression); returns how many.
 
-    Their names end in the process that made them. One on another machine that shares the disk may be alive: it fails where it renames, and
-    two that write the same thing at once are a mistake there anyway. What cannot be removed stays.
+    What cannot be removed, or not be locked, stays. Network file systems that lock folders for one machine alone show those of others
+    as dead: such a maker fails where it renames, and two machines that write the same thing at once are a mistake there anyway.
     """
-    pattern, found = re.compile(f"(?:{re.escape(TEMPORARY)})+(?:{name})(?:-[0-9]+)*-([0-9]+)"), 0
-    for path in sorted(Path(folder).glob(f"{TEMPORARY}*")):
-        match = pattern.fullmatch(path.name)
-        if match and not os.path.exists(f"/proc/{match.group(1)}"):
-            found += 1
+    # Between name and numbers earlier versions had eight letters where the folder was to work in.
+    pattern = re.compile(f"(?:{re.escape(TEMPORARY)})+(?:{name})(?:-[a-z0-9_]{{8}})?(?:-[0-9]+)+")
+    return sum(_remove_dead(path) for path in sorted(Path(folder).glob(f"{TEMPORARY}*")) if pattern.fullmatch(path.name))
+
+
+@contextmanager
+def _held(path: Path, *, folder: bool, mode: int) -> Iterator[tuple[Path, int]]:
+    """(name, descriptor) of a new temporary for `path` that is locked until the end of the block."""
+    sweep(path.parent, re.escape(path.name))
+    made, descriptor = _claim(path, folder, mode)
+    try:
+        yield made, descriptor
+    finally:
+        try:
+            if _is_named(made, descriptor):
+                remove(made)
+        finally:
+            os.close(descriptor)
+
+
+def _claim(path: Path, folder: bool, mode: int) -> tuple[Path, int]:
+    """Make a temporary for `path` under the first free name, and lock it."""
+    for number in count():
+        made = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{number}")
+        try:
+            if folder:
+                os.mkdir(made, mode)
+            descriptor = os.open(made, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+        except FileExistsError:
+            continue  # a living process's with our number, or one that could not be removed
+        except FileNotFoundError:
+            if path.parent.is_dir():
+                continue  # swept before it was opened
+            raise
+        if _lock(descriptor) is not False and _is_named(made, descriptor):
+            return made, descriptor
+        os.close(descriptor)  # swept, or about to be, before it was locked
+    raise AssertionError("there are more numbers than files")
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock a file or folder: True; False where another holds it, None where its file system has no such locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_named(path: Path, descriptor: int) -> bool:
+    """Whether the path is still the file or folder of this descriptor."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _remove_dead(path: Path) -> bool:
+    """Remove a temporary that nobody holds; False where it stays."""
+    if not path.is_symlink():  # no process makes links under such names
+        try:
+            descriptor = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            if not _lock(descriptor) or not _is_named(path, descriptor):
+                return False
             remove(path)
-    return found
+        finally:
+            os.close(descriptor)
+    else:
+        remove(path)
+    return True
 
 
 def remove(path: Path) -> None:
@@ -111,30 +191,24 @@ def replacing(path: Path, bytes_needed: int) -> Iterator[BinaryIO]:
 
     RunError with the path and bytes_needed when the disk is full; the old content is whole then, as after any other error.
     """
-    path, temporary = Path(path), temporary_for(path)
+    path = Path(path)
     try:
-        with open(temporary, "wb") as file:
+        with _held(path, folder=False, mode=0o666) as (temporary, descriptor), open(descriptor, "wb", closefd=False) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
+            os.fsync(descriptor)
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
     except BaseException as error:
-        remove(temporary)
         raise or_disk_full(error, path, bytes_needed) from None
 
 
 @contextmanager
 def making_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill that becomes `path`, where nothing or an empty folder is, when the block ends well; else it goes."""
-    made = temporary_for(path)
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
-    try:
+    with temporary_folder(path) as made:
         yield made
         put_folder(made, path)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from atomic import TEMPORARY, sweep
+from atomic import temporary_folder
 from benchmark_parts import PARTS, QUICK, Benchmark, Sizes
 from errors import ArgumentParser, UserError, run_cli
 
@@ -212,9 +210,8 @@ def main(flags: argparse.Namespace) -> None:
         raise UserError(f"--cache {cache}: cannot be made: {error.strerror}. Give a writable folder.") from None
     signal.signal(signal.SIGTERM, _terminated)
     # Checkpoints of gigabytes go there, so not into /tmp, which may be memory.
-    sweep(cache, r"work-\w+")  # of a benchmark that was killed
-    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}work-", suffix=f"-{os.getpid()}", dir=cache) as work:
-        run = Benchmark(flags, sizes, Path(work))
+    with temporary_folder(cache / "work") as work:
+        run = Benchmark(flags, sizes, work)
         try:
             run.run()
         finally:  # a part that fails late must not lose what the others found

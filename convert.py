@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import pickle
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from atomic import fsync_folder, remove, sync_tree, temporary_for
+from atomic import fsync_folder, remove, sync_tree, temporary_folder
 from converters import amazon, movielens, recbole, s3rec
 from converters.raw import RawColumn, RawEvents, RawId, RawSet, RawTable
 from errors import ArgumentParser, UserError, disk_full, run_cli
@@ -302,28 +301,25 @@ def write_folder(out: Path, data: Numbered, items: FeatureTable, users: FeatureT
         "i": {raw: number for number, raw in enumerate(plain_keys(data.items), 1)},
         "f": items.values | users.values,
     }
-    temporary = temporary_for(out)
-    shutil.rmtree(temporary, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.mkdir(parents=True)
-        _write_seq(temporary / "seq", data)
-        _write_features(temporary / "item_feat", "item_id", len(data.items), items)
-        _write_features(temporary / "user_feat", "user_id", len(data.users), users)
-        with open(temporary / "indexer.pkl", "wb") as file:
-            pickle.dump(indexer, file, protocol=4)
-        (temporary / "schema.json").write_text(json.dumps(schema.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        sync_tree(temporary)
-        out.mkdir(parents=True, exist_ok=True)
-        for name in WRITTEN:
-            remove(out / name)
-        fsync_folder(out)
-        for name in reversed(WRITTEN):
-            os.replace(temporary / name, out / name)
-        fsync_folder(out)
+        with temporary_folder(out) as temporary:
+            _write_seq(temporary / "seq", data)
+            _write_features(temporary / "item_feat", "item_id", len(data.items), items)
+            _write_features(temporary / "user_feat", "user_id", len(data.users), users)
+            with open(temporary / "indexer.pkl", "wb") as file:
+                pickle.dump(indexer, file, protocol=4)
+            (temporary / "schema.json").write_text(json.dumps(schema.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            sync_tree(temporary)
+            out.mkdir(parents=True, exist_ok=True)
+            for name in WRITTEN:
+                remove(out / name)
+            fsync_folder(out)
+            for name in reversed(WRITTEN):
+                os.replace(temporary / name, out / name)
+            fsync_folder(out)
     except OSError as error:
         raise disk_full(error, out) or error from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return schema
 
 

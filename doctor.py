@@ -6,9 +6,9 @@ Must not train or write, but for the store that a run would compile anyway. What
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -40,36 +40,35 @@ def examine(
         device = choose_device(config)
     except UserError as error:
         found.append(_failed("settings.device", error))
-    data_found, data, scratch = _open(config, open_data)
-    try:
+    with ExitStack() as scratch:
+        data_found, data, kept = _open(config, open_data, scratch)
         found += check_settings(config, data, device)
         if data is not None:
             found += check_sizes(config, data, device)
         found += data_found
         if data is not None:
-            found += [*check_store(config, data, kept=scratch is None), *check_indexer(data.store), *check_candidates(config, data.store)]
-    finally:
+            found += [*check_store(config, data, kept=kept), *check_indexer(data.store), *check_candidates(config, data.store)]
         del data
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
     return found
 
 
-def _open(config: Config, open_data: Callable) -> tuple[list[Finding], Data | None, Path | None]:
-    """The data as a run would open it. Where a line stops that, a cache of its own takes all lines, and each bad one counts."""
+def _open(config: Config, open_data: Callable, scratch: ExitStack) -> tuple[list[Finding], Data | None, bool]:
+    """The data as a run would open it, and whether its store stays in the cache.
+
+    Where a line stops that, a cache of its own, which goes with `scratch`, takes all lines, and each bad one counts.
+    """
     silent: Callable[[str], None] = lambda _: None
     try:
-        return [], open_data(config, silent), None
+        return [], open_data(config, silent), True
     except (UserError, OSError) as error:
         first = _failed("data.read", error)
-    scratch = scratch_near(Path(config.paths.cache_path))
-    tolerant = with_values(config, max_bad_lines=ALL_LINES, cache_path=str(scratch))
+    folder = scratch.enter_context(scratch_near(Path(config.paths.cache_path)))
+    tolerant = with_values(config, max_bad_lines=ALL_LINES, cache_path=str(folder))
     try:
-        return [first], open_data(tolerant, silent), scratch
+        return [first], open_data(tolerant, silent), False
     except (UserError, OSError) as error:
         second = _failed("data.read", error)
-        shutil.rmtree(scratch, ignore_errors=True)
-        return [first] if second == first else [first, second], None, None
+        return [first] if second == first else [first, second], None, False
 
 
 def _failed(check: str, error: UserError | OSError) -> Finding:

@@ -7,7 +7,6 @@ Legend: U users, E events, S sampled users.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from doctor_findings import FAIL, PASS, WARN, Finding, finding
 from errors import UserError
 from estimate import Data
 from indexer import read_indexer
+from machine import scratch_near
 from sources import first_places, parts
 
 SAMPLE_USERS, SAMPLE_VECTORS = 100_000, 20_000
@@ -39,6 +39,10 @@ LEAK_GAIN, LEAK_SHARE = 0.3, 0.6
 def check_store(config: Config, data: Data, *, kept: bool) -> Iterator[Finding]:
     """Everything that can be told from an open store. kept: it stays when the doctor is done, and its list of rejects with it."""
     store = data.store
+    for what in store.mended:
+        yield Finding(WARN, "data.cache", what, "copy cache folders while nothing writes there; where it comes again, try another disk")
+    if not store.mended:
+        yield Finding(PASS, "data.cache", "the compiled files have the hashes that were noted when they were compiled")
     yield from _noted(store, kept)
     counts = training_item_counts(store, data.splits.train)
     yield from _times(store)
@@ -91,8 +95,8 @@ def check_indexer(store) -> Iterator[Finding]:
     if not path.exists():
         yield Finding(PASS, "data.indexer", "none; numbers serve as raw ids")
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        indexer = read_indexer(path, Path(scratch))
+    with scratch_near(store.path.parent) as scratch:
+        indexer = read_indexer(path, scratch)
     beyond = []
     for _, name, values in _feature_values(store):
         most = int(values.max(initial=0))

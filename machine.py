@@ -10,12 +10,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from atomic import TEMPORARY, sweep
+from atomic import temporary_folder
 from footprint import anonymous_bytes
 
 
@@ -68,15 +69,16 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
-def scratch_near(path: Path) -> Path:
-    """A new folder for files that the caller removes, on the disk of `path` where that can be written, else the system's.
+@contextmanager
+def scratch_near(path: Path) -> Iterator[Path]:
+    """A folder to work in until the end of the block, on the disk of `path` where that can be written, else the system's.
 
-    One that a killed process could not remove goes first.
+    Those that killed processes could not remove go first.
     """
     there = nearest_folder(path)
     folder = there if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-    sweep(folder, r"scratch-\w+")
-    return Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}scratch-", suffix=f"-{os.getpid()}", dir=folder))
+    with temporary_folder(folder / "scratch", mode=0o700) as scratch:
+        yield scratch
 
 
 def _fields(path: Path) -> dict[str, int]:

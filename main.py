@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 import checkpoint as checkpoints
-from atomic import put_folder, sweep, temporary_for
+from atomic import put_folder, sweep, temporary_folder
 from board import write_start
 from compatibility import check_compatible, check_items
 from config import Config, warnings_for, with_values
@@ -170,7 +169,8 @@ def estimate(arguments: ParsedArguments) -> int:
 
 def doctor(arguments: ParsedArguments) -> int:
     """--doctor: a line a check; status 1 where one fails. Writes nothing but the store (and demo data)."""
-    found = examine(arguments, lambda config, log: open_data(with_demo_data(config), log), choose_device, environ=dict(os.environ))
+    opened = lambda config, log: open_data(with_demo_data(config), log, verify_all=True)
+    found = examine(arguments, opened, choose_device, environ=dict(os.environ))
     return show_findings(found, as_tree=arguments.options.json)
 
 
@@ -186,8 +186,7 @@ def dry_run(arguments: ParsedArguments) -> int:
         raise UserError("--dry_run tries a new run: leave --resume, --resume_path and --inference_only away.")
     if wrong := [f"{found.text}; {found.remedy}." for found in check_paths(arguments) if found.level == FAIL]:
         raise UserError("\n".join(wrong))
-    scratch = scratch_near(Path(config.paths.cache_path))
-    try:
+    with scratch_near(Path(config.paths.cache_path)) as scratch:
         config = with_demo_data(config, DEMO_FOLDER if DEMO_FOLDER.exists() else scratch / DEMO_FOLDER)
         told = {"embeddings": embeddings_of(config), "max_bad_lines": config.data.max_bad_lines}
         if not is_compiled(config.paths.data_path, config.paths.cache_path, **told):
@@ -204,8 +203,6 @@ def dry_run(arguments: ParsedArguments) -> int:
             logger.banner("dry run", try_out(trainer))
         finally:
             logger.close()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     print(f"the dry run went well and left no file. Train with: {same_command()}")
     return 0
 
@@ -320,10 +317,11 @@ def embeddings_of(config: Config) -> tuple[str, ...]:
     return choose_embeddings(lambda i: has_embedding(data_path, schema[i]), schema, config.data.multimodal_features)
 
 
-def open_data(config: Config, log: Callable[[str], None]) -> Data:
-    """Open the store, compiling it where it is missing, and split it."""
+def open_data(config: Config, log: Callable[[str], None], *, verify_all: bool = False) -> Data:
+    """Open the store, compiling it where it is missing or damaged, and split it. verify_all: hash files that look unchanged, too."""
     data_path, embeddings = Path(config.paths.data_path), embeddings_of(config)
-    store = open_store(data_path, Path(config.paths.cache_path), embeddings=embeddings, max_bad_lines=config.data.max_bad_lines, log=log)
+    told = {"embeddings": embeddings, "max_bad_lines": config.data.max_bad_lines}
+    store = open_store(data_path, Path(config.paths.cache_path), **told, log=log, verify_all=verify_all)
     splits = make_splits(
         store,
         protocol=config.eval.protocol,
@@ -358,12 +356,13 @@ def with_demo_data(config: Config, folder: Path = DEMO_FOLDER) -> Config:
         from synthetic import generate  # only where demo data must be made
 
         print(f"no data path given: making demo data in {folder}/ ({DEMO['users']:,} users)", flush=True)
-        unfinished = temporary_for(folder)
-        generate(unfinished, layout="jsonl", **DEMO)
-        try:
-            put_folder(unfinished, folder)
-        except OSError:  # another process was first
-            shutil.rmtree(unfinished)
+        with temporary_folder(folder) as unfinished:
+            generate(unfinished / folder.name, layout="jsonl", **DEMO)
+            try:
+                put_folder(unfinished / folder.name, folder)
+            except OSError:
+                if not folder.exists():  # else another process was first
+                    raise
     return replace(config, paths=replace(config.paths, data_path=str(folder)))
 
 

@@ -5,7 +5,6 @@ Must not know models or training; settings reach it as plain paths.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -14,6 +13,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -23,7 +24,7 @@ from typing import IO, Protocol
 import numpy as np
 import torch
 
-from atomic import TEMPORARY, make_folder, unused, write_text_atomic
+from atomic import make_folder, sweep, unused, write_text_atomic
 from checkpoint import (
     LINK_NAME,
     clean_temporary,
@@ -34,10 +35,11 @@ from checkpoint import (
     read_meta,
     set_aside_newer,
 )  # fmt: skip
-from errors import SMALL_FILE_BYTES, RunError, UserError, disk_full
+from errors import RunError, UserError
 
 STATES = ("running", "finished", "failed", "interrupted")
 STATUS, TRAIN_LOG, LOCK = "status.json", "train.log", ".lock"
+EVENTS_OWNER = ".run"  # in a TensorBoard folder: the one run folder whose events lie there
 _OWN_FILES = (
     STATUS, TRAIN_LOG, "metrics.json", "report.html", "ranks.npz", "report.json", "command.txt", "environment.json", "config.resolved.yaml",
 )  # fmt: skip
@@ -92,19 +94,31 @@ def read_status(log_dir: Path) -> dict:
 def write_status(log_dir: Path, state: str, step: int, reason: str = "", **more: object) -> bool:
     """Write status.json atomically: state (one of STATES), step (updates done), reason (one line; "" where all is well).
 
-    What prepare_run put there (name, checkpoint_path, tensorboard_path) stays. False when the disk is full: the old file is whole
-    then, and "running" counts as unfinished, so nothing is lost by going on.
+    What prepare_run put there (name, checkpoint_path, tensorboard_path) stays. False when the disk is full, which is said once for each
+    state: the old file is whole then, and "running" counts as unfinished, so nothing is lost by going on.
     """
+    try:
+        _put_status(log_dir, state, step, reason, **more)
+    except RunError as error:
+        if (str(log_dir), state) not in _said:
+            _said.add((str(log_dir), state))
+            old = read_status(log_dir).get("state", "nothing")
+            print(f"warning: {str(error).splitlines()[0]} It says {old} in place of {state}.", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+_said: set[tuple[str, str]] = set()  # folders and states of which write_status has warned
+
+
+def _put_status(log_dir: Path, state: str, step: int, reason: str = "", **more: object) -> None:
+    """write_status, but a full disk is a RunError."""
     if state not in STATES:
         raise ValueError(f"state is {state!r}; expected one of {', '.join(STATES)}")
     old = {key: value for key, value in read_status(log_dir).items() if key in ("kind", "name", "checkpoint_path", "tensorboard_path")}
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     status = {"state": state, "step": int(step), "reason": reason, "time": now, "pid": os.getpid()} | old | more
-    try:
-        write_text_atomic(Path(log_dir) / STATUS, json.dumps(plain_json(status), indent=1) + "\n")
-    except RunError:
-        return False
-    return True
+    write_text_atomic(Path(log_dir) / STATUS, json.dumps(plain_json(status), indent=1) + "\n")
 
 
 def write_start_files(log_dir: Path, resolved_yaml: str, argv: Sequence[str], environment: dict) -> None:
@@ -148,20 +162,21 @@ def prepare_run(
         run = _resume_newest(paths, name, base, log)
     else:
         run = _new_folders(paths, name, base)
+        run = _owned_folders(run, paths, base, log) if overwrite else run
     locks = _open_folders(run)
     if not (resume or resume_path):
-        _refuse_or_clear(run, overwrite)
+        _refuse_or_clear(run, overwrite, log)
+    _mark_events(run)
     clean_temporary(run.checkpoint_dir)
-    for path in run.log_dir.glob(f"{TEMPORARY}*"):
-        if path.is_file():
-            path.unlink()
+    sweep(run.log_dir, ".+")
+    for folder in (run.log_dir, run.log_dir.parent):
+        _settle_evaluations(folder)
     step = 0 if run.resume_from is None else _step_of(run.resume_from)
     if resume or resume_path:
         set_aside_newer(run.checkpoint_dir, -1 if run.resume_from is None else step, log)
     before = read_status(run.log_dir)
     where = {"checkpoint_path": str(run.checkpoint_dir.resolve()), "tensorboard_path": str(run.tensorboard_dir.resolve())}
-    if not write_status(run.log_dir, "running", step, "", name=run.name, **where):
-        raise disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), run.log_dir / STATUS, SMALL_FILE_BYTES)
+    _put_status(run.log_dir, "running", step, "", name=run.name, **where)
     return replace(run, locks=locks, before=before)
 
 
@@ -179,8 +194,20 @@ def prepare_eval(paths: Paths, *, run_name: str = "", now: datetime | None = Non
     log_dir = unused(wished)
     run = RunPaths(log_dir, Path(paths.tensorboard_path or log_dir), Path(paths.checkpoint_path or log_dir), log_dir.name)
     _make_folder(log_dir, "log_path")
+    lock, _ = _take_lock(log_dir, log_dir.resolve())
+    _settle_evaluations(log_dir.parent)
     write_status(log_dir, "running", 0, "", name=run.name, kind="eval")
-    return run
+    return replace(run, locks=() if lock is None else (lock,))
+
+
+def _settle_evaluations(folder: Path) -> None:
+    """Evaluations in a folder whose process was killed: their status says so from now on, and what is half-written goes."""
+    for path in sorted(path.parent for path in folder.glob(f"*/{STATUS}")):
+        status = read_status(path)
+        if status.get("kind") == "eval" and status["state"] == "running" and not is_alive(path):
+            sweep(path, ".+")
+            step = status.get("step")
+            write_status(path, "interrupted", step if isinstance(step, int) else 0, "its process was killed")
 
 
 def _default_name(run_name: str, now: datetime) -> str:
@@ -199,6 +226,32 @@ def _new_folders(paths: Paths, name: str, base: Path) -> RunPaths:
         free = f"{name}-{count}"
     log_dir, tensorboard_dir, checkpoint_dir = (Path(path) if path else Path(base) / folder / free for folder, path in given.items())
     return RunPaths(log_dir, tensorboard_dir, checkpoint_dir, free)
+
+
+def _owned_folders(run: RunPaths, paths: Paths, base: Path, log: Callable[[str], None]) -> RunPaths:
+    """--overwrite: the run with new folders in place of those that status.json alone gives it and that hold what may be another's."""
+    wished = {"tensorboard_dir": ("tensorboard_path", "tb_logs"), "checkpoint_dir": ("checkpoint_path", "checkpoints")}
+    for where, (key, default) in wished.items():
+        folder = getattr(run, where)
+        if getattr(paths, key) or not folder.exists() or _owns(run.log_dir, folder):
+            continue
+        run = replace(run, **{where: unused(Path(base) / default / run.name)})
+        log(f"--overwrite: {folder} stays as it is: nothing in it names the run in {run.log_dir}. {key} is now {getattr(run, where)}")
+    return run
+
+
+def _mark_events(run: RunPaths) -> None:
+    """Note in a TensorBoard folder outside the run folder whose it is, while no event lies there; one that two runs share is nobody's."""
+    folder, log_dir = run.tensorboard_dir, run.log_dir.resolve()
+    if folder.resolve().is_relative_to(log_dir):
+        return
+    if not list(folder.glob("events.out.tfevents.*")):
+        try:
+            write_text_atomic(folder / EVENTS_OWNER, f"{log_dir}\n")
+        except RunError:
+            return  # a full disk: the logger says so, and goes on without events
+    elif _line_of(folder / EVENTS_OWNER, 0) != str(log_dir):
+        (folder / EVENTS_OWNER).unlink(missing_ok=True)
 
 
 def _make_folder(path: Path, key: str) -> None:
@@ -227,14 +280,29 @@ def _open_folders(run: RunPaths) -> tuple[IO[str], ...]:
     return tuple(locks)
 
 
+def _line_of(path: Path, number: int) -> str:
+    """A line of a small text file; "" where there is none."""
+    try:
+        words = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return words[number] if len(words) > number else ""
+
+
 def _noted_owner(checkpoint_dir: Path) -> Path | None:
     """The run folder whose checkpoints lie here, as its lock file says; None where it says nothing, or where that folder is gone."""
-    try:
-        words = (Path(checkpoint_dir) / LOCK).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None
-    owner = Path(words[1]) if len(words) > 1 else None
-    return owner if owner is not None and (owner / STATUS).is_file() else None
+    owner = _line_of(Path(checkpoint_dir) / LOCK, 1)
+    return Path(owner) if owner and (Path(owner) / STATUS).is_file() else None
+
+
+def _owns(log_dir: Path, folder: Path) -> bool:
+    """Whether what lies in a folder is this run's to remove: it is inside the run folder, or its own mark names that.
+
+    What status.json says is no proof: it may be a copy's, or a stranger's.
+    """
+    log_dir, folder = Path(log_dir).resolve(), Path(folder).resolve()
+    marks = (_line_of(folder / LOCK, 1), _line_of(folder / EVENTS_OWNER, 0))
+    return str(log_dir) in marks or (folder.is_relative_to(log_dir) and _belongs_to_another(folder, log_dir) is None)
 
 
 def _belongs_to_another(checkpoint_dir: Path, log_dir: Path) -> Path | None:
@@ -256,16 +324,21 @@ def _take_lock(folder: Path, owner: Path | None = None) -> tuple[IO[str] | None,
     except BlockingIOError:
         lock.seek(0)
         text = (lock.read().splitlines() or [""])[0].strip()
+        # Not by the number: two containers that share a disk may both have ours.
+        ours = any(not one.closed and os.path.samestat(os.fstat(one.fileno()), os.fstat(lock.fileno())) for one in _held)
         lock.close()
-        holder = int(text) if text.isdigit() else -1
-        return None, 0 if holder == os.getpid() else holder
+        return None, 0 if ours else int(text) if text.isdigit() else -1
     except OSError:
         lock.close()
         return None, 0
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n" + (f"{owner}\n" if owner is not None else ""))
     lock.flush()
+    _held.add(lock)
     return lock, 0
+
+
+_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()  # the locks that this process took
 
 
 def is_alive(log_dir: Path) -> bool:
@@ -287,7 +360,7 @@ def _traces(run: RunPaths) -> Path | None:
     return found[-1] if found else None
 
 
-def _refuse_or_clear(run: RunPaths, overwrite: bool) -> None:
+def _refuse_or_clear(run: RunPaths, overwrite: bool, log: Callable[[str], None]) -> None:
     trace = _traces(run)
     if trace is None:
         return
@@ -301,7 +374,16 @@ def _refuse_or_clear(run: RunPaths, overwrite: bool) -> None:
             f"{run.checkpoint_dir} holds the checkpoints of the run in {other}; --overwrite removes those of {run.log_dir} alone.\n"
             "Give another checkpoint_path."
         )
-    _clear(run.log_dir, run.checkpoint_dir, run.tensorboard_dir)
+    _clear(run.log_dir, run.checkpoint_dir, _own_or_none(run.log_dir, run.tensorboard_dir, log))
+
+
+def _own_or_none(log_dir: Path, folder: Path | None, log: Callable[[str], None]) -> Path | None:
+    """The folder, if it is this run's to clear; else None, and a line."""
+    if folder is None or _owns(log_dir, folder):
+        return folder
+    if folder.is_dir() and any(folder.iterdir()):
+        log(f"{folder} stays as it is: nothing in it names the run in {log_dir}")
+    return None
 
 
 def _clear(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: Path | None) -> None:
@@ -319,24 +401,25 @@ def _clear(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: Path | N
         (log_dir / name).unlink(missing_ok=True)
 
 
-def clear_folders(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: Path | None) -> bool:
+def clear_folders(log_dir: Path, checkpoint_dir: Path | None, tensorboard_dir: Path | None, log: Callable[[str], None] = print) -> bool:
     """Remove a run's files (`report.py --prune`), and each of its folders that is empty then; False where a living process holds the run.
 
-    None for a folder that is not the run's own.
+    None for a folder that is not the run's own. One outside the run folder that does not itself name the run stays, and a line says so.
     """
     lock, holder = _take_lock(log_dir)
     if holder:
         return False
-    if checkpoint_dir is not None and _belongs_to_another(checkpoint_dir, log_dir):
-        checkpoint_dir = None
-    elif checkpoint_dir is not None:
-        (checkpoint_dir / LOCK).unlink(missing_ok=True)
+    checkpoint_dir, tensorboard_dir = (_own_or_none(log_dir, folder, log) for folder in (checkpoint_dir, tensorboard_dir))
     _clear(log_dir, checkpoint_dir, tensorboard_dir)
+    for folder, name in ((checkpoint_dir, LOCK), (tensorboard_dir, EVENTS_OWNER)):
+        if folder is not None:
+            (folder / name).unlink(missing_ok=True)
     (log_dir / LOCK).unlink(missing_ok=True)
     if lock is not None:
         lock.close()
-    for folder in (log_dir, checkpoint_dir, tensorboard_dir):
-        if folder is not None and folder.is_dir() and not any(folder.iterdir()):
+    folders = [folder for folder in (checkpoint_dir, tensorboard_dir, log_dir) if folder is not None]  # one may lie in the last
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return True
 
@@ -351,7 +434,9 @@ def _step_of(checkpoint: Path) -> int:
 def _folders_of(log_dir: Path, paths: Paths, base: Path) -> RunPaths:
     """The folders of the run that lives in log_dir: those given now, else those it noted, else the default ones."""
     status = read_status(log_dir)
-    name = str(status.get("name") or log_dir.resolve().name)
+    name = str(status.get("name") or "")
+    if name in ("", ".", "..") or Path(name).name != name:  # not ours: it would lead elsewhere
+        name = log_dir.resolve().name
 
     def choose(given: str, key: str, default: str) -> Path:
         if given:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from atomic import temporary_folder
 from config import Config, with_values
 from dataset import make_splits
 from errors import ArgumentParser, run_cli
@@ -107,8 +108,8 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.parse_args()
     started = time.time()
-    with tempfile.TemporaryDirectory(prefix="demo-") as folder:
-        demonstrate(Path(folder))
+    with temporary_folder(Path(tempfile.gettempdir()) / "simple_demo", mode=0o700) as folder:
+        demonstrate(folder)
     print(f"\ndone in {time.time() - started:.0f} s. Next: bash run.sh, or USAGE.md for your own data.")
 
 

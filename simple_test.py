@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from atomic import temporary_folder
 from errors import ArgumentParser, run_cli
 
 ROOT = Path(__file__).resolve().parent
@@ -234,8 +235,7 @@ def main() -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.parse_args()
     started, checks = time.time(), Checks()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with temporary_folder(Path(tempfile.gettempdir()) / "simple_test", mode=0o700) as folder:
         for package, specifiers in requirements():
             checks.run(f"requirement {package}{specifiers}", check_requirement, package, specifiers)
         checks.run("scripts compile", check_scripts, folder)

@@ -1,15 +1,16 @@
 """The store: raw data compiled once into memory-mapped columns in the cache, and opened from there ever after.
 
-Finds, locks, checks and maps; store_build.py compiles. Must not know of batches, models or settings.
-Layout of the cache: store-<fingerprint>/ with manifest.json and flat files; emb_<id>/ inside, added later; store-<fingerprint>.lock and
-.rejects.jsonl beside it. A folder gets its name when it is whole, so a store is there or not there, never half.
+Finds, locks and maps; store_build.py compiles, store_check.py tells whether files are still those that were compiled. Must not know of
+batches, models or settings.
+Layout of the cache: store-<fingerprint>/ with manifest.json, verified.json and flat files; emb_<id>/ inside, added later;
+store-<fingerprint>.lock and .rejects.jsonl beside it. A folder gets its name when it is whole, so a store is there or not there, never
+half; one that was damaged later is compiled anew.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -19,16 +20,17 @@ from pathlib import Path
 
 import numpy as np
 
+from atomic import probe
 from columns import EmbeddingColumn, ItemLookup, RaggedColumn, StringColumn
 from errors import SMALL_FILE_BYTES, UserError, disk_full
 from multimodal import compile_embedding, find_embedding, required_embedding
 from schema import Feature, Schema
 from sources import Rejects, Source, find_source
 from store_build import StoreBuilder
-from store_files import array_bytes, array_path, digest, file_facts, load_array, sync_path, write_json
+from store_check import MANIFEST, DamageError, StaleError, measure, note, verified, write_sealed
+from store_files import array_bytes, array_path, digest, file_facts, load_array, sync_path
 
-STORE_VERSION = 1  # of the files' form; another one compiles anew
-MANIFEST = "manifest.json"
+STORE_VERSION = 2  # of the files' form; another one compiles anew
 KINDS = ("train", "predict")
 
 __all__ = [
@@ -48,6 +50,7 @@ class Store:
     """A data set as read-only arrays. Open one with `open_store`.
 
     path, manifest, schema, kind; cache_hit: it was found, not compiled; summary: what was read, rejected and why.
+    mended: what of it was damaged in the cache and is compiled anew, a line each.
     num_users U, num_items (appended ones included), num_known_items, num_events E.
     user_offsets (U+1) int64; item_ids (E) int32 in 1..num_items; action_types (E) int8; timestamps (E) int64, seconds (positions where
     has_time is false); user_ids (U) int64, 0 = unknown in training.
@@ -59,7 +62,7 @@ class Store:
 
     def __init__(self, path: Path, manifest: dict, data_path: Path, *, cache_hit: bool) -> None:
         self.path, self.manifest, self.cache_hit = path, manifest, cache_hit
-        self.data_path = Path(data_path)
+        self.data_path, self.mended = Path(data_path), list[str]()
         self.kind: str = manifest["kind"]
         self.schema = Schema.from_dict(manifest["schema"])
         self.summary: dict = manifest["summary"]
@@ -106,17 +109,19 @@ class Store:
         folder = _embedding_folder(self.path, feature_id)
         try:
             arrays = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("row_of_item", "matrix")]
-        except (ValueError, EOFError) as error:  # the size is the noted one, the content is not
+        except (ValueError, EOFError, OSError) as error:  # changed since it was verified
             raise UserError(f"{folder}: not the vectors that were compiled: {error}\nRemove this folder; it is made anew.") from None
         self._embeddings[feature_id] = EmbeddingColumn(*arrays)
 
 
 def open_store(data_path: str | Path, cache_path: str | Path, *, kind: str = "train", embeddings: Sequence[str] = (),
-               max_bad_lines: int = 0, progress: bool = True, log: Callable[[str], None] = print) -> Store:  # fmt: skip
-    """Open the store of a data folder, compiling it first where the cache has none.
+               max_bad_lines: int = 0, progress: bool = True, log: Callable[[str], None] = print,
+               verify_all: bool = False) -> Store:  # fmt: skip
+    """Open the store of a data folder, compiling it first where the cache has none, or one whose files are not what was compiled.
 
     data_path: a folder in layout A or B (formats.md); with kind "predict", EVAL_DATA_PATH. embeddings: feature ids to compile and map.
-    max_bad_lines: how many lines or rows may be rejected. progress: a bar or plain lines through `log`.
+    max_bad_lines: how many lines or rows may be rejected. progress: a bar or plain lines through `log`. verify_all: hash every file, also
+    those that were verified before and look unchanged.
     Errors: UserError for data that cannot be read, an unknown or absent embedding, a cache that cannot be written;
     RunError for a full disk.
     """
@@ -129,21 +134,24 @@ def open_store(data_path: str | Path, cache_path: str | Path, *, kind: str = "tr
     cache = _writable(Path(cache_path))
     fingerprint = _fingerprint(source, max_bad_lines)
     path = cache / f"store-{fingerprint}"
-    manifest, cache_hit = _read_manifest(path), True
-    if manifest is None:
+    store = None if verify_all else _or_none(_checked_store, path, fingerprint, source.data_path, hashing=False)
+    if store is None:
         with _lock(path.with_suffix(".lock"), log):
-            manifest = _read_manifest(path)  # another process may have built it meanwhile
-            if manifest is None:
-                cache_hit = False
-                _sweep(cache, fingerprint)
-                if path.exists():
-                    log(f"store {path.name}: incomplete in the cache, compiling it anew")
+            damage = ""
+            try:  # another process may have built or verified it meanwhile
+                store = _checked_store(path, fingerprint, source.data_path, everything=verify_all)
+            except DamageError as error:
+                damage = f"store {path.name}: {error}; compiling it anew" if path.exists() else ""
+            if store is None:
+                if damage:
+                    log(damage)
+                _sweep(cache, path.name)
                 manifest = _build(source, path, fingerprint, max_bad_lines, progress=progress, log=log)
-    if cache_hit:
-        _sweep(cache, "")  # a builder may have died between naming its store and removing its scratch folder
-    store = Store(path, manifest, source.data_path, cache_hit=cache_hit)
+                store = Store(path, manifest, source.data_path, cache_hit=False)
+                store.mended += [damage] if damage else []
+    _sweep(cache)  # a builder may have died between naming its store and removing its scratch folder
     for feature in features:
-        _add_embedding(store, feature, max_bad_lines, progress=progress, log=log)
+        _add_embedding(store, feature, max_bad_lines, progress=progress, log=log, verify_all=verify_all)
         store._map_embedding(feature.id)
     return store
 
@@ -151,17 +159,19 @@ def open_store(data_path: str | Path, cache_path: str | Path, *, kind: str = "tr
 def is_compiled(data_path: str | Path, cache_path: str | Path, *, embeddings: Sequence[str] = (), max_bad_lines: int = 0) -> bool:
     """Whether open_store would find the store of a data folder for training, and these embeddings, in the cache, and write nothing."""
     source = find_source(Path(data_path), "train")
-    path = Path(cache_path) / f"store-{_fingerprint(source, max_bad_lines)}"
-    if _read_manifest(path) is None:
-        return False
+    fingerprint = _fingerprint(source, max_bad_lines)
+    path = Path(cache_path) / f"store-{fingerprint}"
     found = {i: find_embedding(source.data_path, source.schema[i]) for i in embeddings}
-    return all(
-        vectors is not None
-        and _embedding_is_whole(
-            _embedding_folder(path, i), _embedding_fingerprint(file_facts(vectors.files, source.data_path), source.schema[i], max_bad_lines)
-        )
-        for i, vectors in found.items()
-    )
+    if None in found.values():
+        return False
+    try:
+        _checked_store(path, fingerprint, source.data_path)
+        for i, vectors in found.items():
+            facts = file_facts(vectors.files, source.data_path)
+            verified(_embedding_folder(path, i), {"fingerprint": _embedding_fingerprint(facts, source.schema[i], max_bad_lines)})
+    except DamageError:
+        return False
+    return True
 
 
 def _fingerprint(source: Source, max_bad_lines: int) -> str:
@@ -194,12 +204,7 @@ def content_hash(store: Store) -> str:
 def _writable(cache: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        for left in cache.glob(".probe-*"):
-            if not os.path.exists(f"/proc/{left.name.removeprefix('.probe-')}"):  # of a process that died there
-                left.unlink(missing_ok=True)
-        probe = cache / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another machine's process may have taken it for a dead one's
+        probe(cache)
     except OSError as error:
         if known := disk_full(error, cache, SMALL_FILE_BYTES):
             raise known from None
@@ -209,18 +214,25 @@ def _writable(cache: Path) -> Path:
     return cache.resolve()
 
 
-def _read_manifest(path: Path) -> dict | None:
-    """The manifest of a whole store; None where it is missing or broken, or a file lacks bytes."""
+def _checked_store(path: Path, fingerprint: str, data_path: Path, **how: bool) -> Store | None:
+    """The store at a path, if its files are those that were compiled; `how` and None: see `verified`. DamageError where they are not."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["version"] != STORE_VERSION:
+        manifest = verified(path, {"version": STORE_VERSION, "fingerprint": fingerprint}, **how)
+        if manifest is None:
             return None
-        whole = all(
-            not array_bytes(spec) or array_path(path, name).stat().st_size == array_bytes(spec) for name, spec in manifest["arrays"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # the caller builds it anew and says so
-    return manifest if whole else None
+        if not all(isinstance(manifest[key], dict) for key in ("schema", "summary", "cardinalities", "counts", "arrays")):
+            raise TypeError("expected objects")
+        return Store(path, manifest, data_path, cache_hit=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # sealed by another hand, or changed just now
+        raise DamageError(f"{MANIFEST} does not fit its files ({type(error).__name__}: {error})") from None
+
+
+def _or_none(check: Callable, *args: object, **how: object) -> object | None:
+    """What a check returns; None where it finds damage."""
+    try:
+        return check(*args, **how)
+    except DamageError:
+        return None
 
 
 @contextmanager
@@ -230,16 +242,16 @@ def _lock(path: Path, log: Callable[[str], None]) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log(f"another process is compiling {path.stem}; waiting for it")
+            log(f"another process is compiling or verifying {path.stem}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _sweep(cache: Path, fingerprint: str) -> None:
-    """Remove unfinished folders of dead builders: those of this store (its lock is ours) and of others whose lock nobody holds."""
-    for folder in cache.glob("store-*.tmp-*"):
-        owner = folder.name.split(".tmp-")[0]
-        if owner == f"store-{fingerprint}":
+def _sweep(cache: Path, own: str = "") -> None:
+    """Remove what dead builders left of stores and vectors: of the store `own`, whose lock is ours, and of others that nobody holds."""
+    for folder in [*cache.glob("store-*.tmp-*"), *cache.glob("store-*/emb_*.tmp-*")]:
+        owner = (folder.name if folder.parent == cache else folder.parent.name).split(".tmp-")[0]
+        if owner == own:
             shutil.rmtree(folder, ignore_errors=True)
             continue
         with open(cache / f"{owner}.lock", "a") as lock:
@@ -265,7 +277,10 @@ def _build(source: Source, path: Path, fingerprint: str, max_bad_lines: int, *, 
         builder = StoreBuilder(source, folder, scratch, rejects, progress=progress, log=log)
         manifest = {"version": STORE_VERSION, "fingerprint": fingerprint, "kind": source.kind, "layout": source.layout,
                     "schema": source.schema.to_dict(), "sources": file_facts(source.files, source.data_path)} | builder.build()  # fmt: skip
-        write_json(folder / MANIFEST, manifest)
+        names = [array_path(folder, name).name for name, spec in manifest["arrays"].items() if array_bytes(spec)]
+        manifest["files"] = measure(folder, names)
+        manifest["seal"] = write_sealed(folder / MANIFEST, manifest)
+        note(folder, names, manifest["seal"])
         sync_path(folder)
         _replace(folder, path)
     except OSError as error:
@@ -309,27 +324,26 @@ def _embedding_folder(path: Path, feature_id: str) -> Path:
     return path / f"emb_{feature_id}"
 
 
-def _embedding_is_whole(folder: Path, fingerprint: str) -> bool:
-    try:
-        facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return facts["fingerprint"] == fingerprint and all((folder / name).stat().st_size == size for name, size in facts["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # compiled anew, and said so
-
-
-def _add_embedding(store: Store, feature: Feature, max_bad_lines: int, *, progress: bool, log: Callable[[str], None]) -> None:
-    """Compile the vectors of one feature into the store's folder, where they are missing or of another source."""
+def _add_embedding(store: Store, feature: Feature, max_bad_lines: int, *, progress: bool, log: Callable[[str], None],
+                   verify_all: bool) -> None:  # fmt: skip
+    """Compile the vectors of one feature into the store's folder, where they are missing, damaged or of another source."""
     source = find_embedding(store.data_path, feature)
     facts = file_facts(source.files, store.data_path)
     fingerprint = _embedding_fingerprint(facts, feature, max_bad_lines)
     folder = _embedding_folder(store.path, feature.id)
-    if _embedding_is_whole(folder, fingerprint):
+    if not verify_all and _or_none(verified, folder, {"fingerprint": fingerprint}, hashing=False):
         return
     with _lock(store.path.with_suffix(".lock"), log):
-        if _embedding_is_whole(folder, fingerprint):
+        try:
+            verified(folder, {"fingerprint": fingerprint}, everything=verify_all)
             return
-        for stale in store.path.glob(f"emb_{feature.id}.tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        except StaleError:
+            pass  # other vectors are in the data folder now
+        except DamageError as error:
+            if folder.exists():
+                store.mended.append(f"embedding {feature.id}: {error}; compiling it anew")
+                log(store.mended[-1])
+        _sweep(store.path.parent, store.path.name)
         temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
         rejects = Rejects(max_bad_lines, store.path.with_suffix(f".emb_{feature.id}.rejects.jsonl"), kind=store.kind)
         rejects.path.unlink(missing_ok=True)
@@ -337,10 +351,11 @@ def _add_embedding(store: Store, feature: Feature, max_bad_lines: int, *, progre
             temporary.mkdir()
             counts = compile_embedding(source, feature, store.item_ids_of, store.num_items, temporary, max_bad_lines=max_bad_lines,
                                        rejects=rejects, progress=progress)  # fmt: skip
-            files = {p.name: p.stat().st_size for p in temporary.glob("*.npy")}
-            for name in files:
+            names = [p.name for p in temporary.glob("*.npy")]
+            for name in names:
                 sync_path(temporary / name)
-            write_json(temporary / MANIFEST, {"fingerprint": fingerprint, "sources": facts, "files": files, "counts": counts})
+            manifest = {"fingerprint": fingerprint, "sources": facts, "files": measure(temporary, names), "counts": counts}
+            note(temporary, names, write_sealed(temporary / MANIFEST, manifest))
             sync_path(temporary)
             _replace(temporary, folder)
         except OSError as error:

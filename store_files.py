@@ -123,12 +123,17 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, tree: object) -> None:
-    """Write a JSON file that is on the disk when this returns."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(tree, file, indent=1)
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file that is on the disk when this returns."""
+    with open(path, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_json(path: Path, tree: object) -> None:
+    """Write a JSON file that is on the disk when this returns."""
+    write_synced(path, json.dumps(tree, indent=1).encode())
 
 
 def file_facts(files: list[Path] | tuple[Path, ...], folder: Path) -> list:

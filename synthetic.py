@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from atomic import put_folder, temporary_for
+from atomic import put_folder, temporary_folder
 from errors import ArgumentParser, RunError, UserError, disk_full, run_cli
 from planted import CHUNK, MIN_WINDOW, USER_MULTI, USER_SINGLE, build_world, ceiling, choose_candidates, chunks, make_cold, sample_users
 from planted_features import VECTOR_INNER, cardinalities, embedding_pieces, item_features
@@ -114,20 +115,17 @@ def generate(out: str | Path, users: int, items: int, layout: str, predict: int 
     targets = [out] + ([out.with_name(out.name + "-eval")] if predict else [])
     for path in targets:
         _check_free(path, overwrite)
-    drafts = [temporary_for(path) for path in targets]
     try:
-        for draft in drafts:
-            draft.mkdir(parents=True)
-        _Writer(spec, drafts[0], drafts[1] if predict else None, log or (lambda line: None)).write()
-        for draft, path in zip(drafts, targets, strict=True):
-            if path.exists():
-                shutil.rmtree(path)
-            put_folder(draft, path)
+        with ExitStack() as stack:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            drafts = [stack.enter_context(temporary_folder(path)) for path in targets]
+            _Writer(spec, drafts[0], drafts[1] if predict else None, log or (lambda line: None)).write()
+            for draft, path in zip(drafts, targets, strict=True):
+                if path.exists():
+                    shutil.rmtree(path)
+                put_folder(draft, path)
     except OSError as error:
         raise disk_full(error, out) or error from None
-    finally:
-        for draft in drafts:
-            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

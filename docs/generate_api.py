@@ -17,7 +17,7 @@ TARGET = ROOT / "docs" / "API.md"
 WIDTH = 110  # a longer signature gets a line a parameter
 # The direction of imports: a module uses those before it (tests/test_structure.py holds it). A new module gets its place here.
 CHAIN = (
-    "errors atomic schema setting_keys config settings plain_pickle kernels step_kernels parallel columns store_files sources "
+    "errors atomic schema setting_keys config settings plain_pickle kernels step_kernels parallel columns store_files store_check sources "
     "sources_loops sources_jsonl sources_parquet sources_workers indexer item_table candidates multimodal store_build store dataset "
     "features embedding layers attention_bias experts backbones time_features actions losses negatives training_loss metrics muon "
     "optim averaging updates model retrieval transitions baselines evaluate checkpoint_meta checkpoint ensemble serve export ranks slices "

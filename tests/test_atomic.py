@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 from conftest import ROOT
 from test_checkpoint_crashes import LOSSES, Crash, crash_at
 
+import atomic
+import benchmark
 import infer
 import main
 import ranks
-from atomic import make_folder, put_folder, replacing, sweep, temporary_for, unused, write_text_atomic
+from atomic import make_folder, put_folder, replacing, sweep, temporary_folder, unused, write_text_atomic
 from config import Config
 from errors import RunError
 from machine import scratch_near
@@ -58,17 +61,81 @@ def test_a_full_disk_names_path_and_bytes(tmp_path, number):
     assert f"{tmp_path / 'a'}: no space left to write (12,345 bytes needed)" in str(raised.value) and not os.listdir(tmp_path)
 
 
-def test_only_what_dead_processes_left_of_a_name_is_swept(tmp_path, dead):
-    kept = [f".tmp-a.json-{os.getpid()}", f".tmp-b.json-{dead}", f"a.json-{dead}", ".tmp-a.json", ".tmp-a.json-mine", f".tmp-axjson-{dead}"]
-    for name in [*kept, f".tmp-a.json-{dead}", f".tmp-.tmp-a.json-{dead}-{dead}"]:
+@pytest.mark.parametrize("mine", [False, True])
+def test_only_what_nobody_holds_of_a_name_is_swept(tmp_path, dead, mine):
+    """A number says nothing: in a container each start may have the one of the process that was killed."""
+    number = os.getpid() if mine else dead
+    kept = [f".tmp-b.json-{dead}", f"a.json-{dead}", ".tmp-a.json", ".tmp-a.json-mine", f".tmp-axjson-{dead}"]
+    for name in [*kept, f".tmp-a.json-{number}", f".tmp-.tmp-a.json-{number}-{number}"]:
         (tmp_path / name).write_text("x")
-    (tmp_path / f".tmp-a.json-7-{dead}").mkdir()
-    (tmp_path / f".tmp-a.json-7-{dead}" / "part").write_text("x")
+    for folder in (f".tmp-a.json-7-{number}", f".tmp-a.json-{number}-0"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "part").write_text("x")
     (tmp_path / "away").mkdir()
-    (tmp_path / f".tmp-a.json-8-{dead}").symlink_to(tmp_path / "away")
-    assert temporary_for(tmp_path / "a.json") == tmp_path / f".tmp-a.json-{os.getpid()}"
+    (tmp_path / f".tmp-a.json-8-{number}").symlink_to(tmp_path / "away")
+    with temporary_folder(tmp_path / "a.json") as made:
+        assert made == tmp_path / f".tmp-a.json-{os.getpid()}-0"
+        assert sorted(os.listdir(tmp_path)) == sorted([*kept, "away", made.name])
+        assert sweep(tmp_path, re.escape("a.json")) == 0 and made.is_dir()
+        with temporary_folder(tmp_path / "a.json") as other:
+            assert other == tmp_path / f".tmp-a.json-{os.getpid()}-1"
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "away"])
     assert sweep(tmp_path / "missing", "a") == 0
+
+
+HOLD = """
+import sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+import atomic
+held = atomic.temporary_folder(Path({path!r})) if {folder} else atomic.replacing(Path({path!r}), 1)
+with held:
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_living_process_s_temporary_is_not_swept(tmp_path, dead, folder):
+    """Under whatever number: two containers that share a disk see each other's as dead. It goes once its maker is killed."""
+    code = HOLD.format(root=str(ROOT), path=str(tmp_path / "a"), folder=folder)
+    maker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert maker.stdout.readline() == "ready\n"
+        (made,) = tmp_path.iterdir()
+        seen = made.rename(tmp_path / f".tmp-a-{dead}-0")
+        assert sweep(tmp_path, "a") == 0 and seen.exists()
+        write_text_atomic(tmp_path / "a", "x") if not folder else None
+        assert seen.exists()
+    finally:
+        maker.kill()
+        maker.wait()
+    assert sweep(tmp_path, "a") == 1 and not seen.exists()
+
+
+def test_what_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    lock, swept = atomic._lock, []
+
+    def late(descriptor: int) -> bool | None:
+        if not swept:
+            swept.append(monkeypatch.setattr(atomic, "_lock", lock))
+            assert sweep(tmp_path, "a") == 1
+        return lock(descriptor)
+
+    monkeypatch.setattr(atomic, "_lock", late)
+    with temporary_folder(tmp_path / "a") as made:
+        assert made.is_dir() and swept
+    swept.clear()
+    monkeypatch.setattr(atomic, "_lock", late)
+    write_text_atomic(tmp_path / "a", "whole")
+    assert swept and (tmp_path / "a").read_text() == "whole" and os.listdir(tmp_path) == ["a"]
+
+
+def test_where_a_disk_has_no_locks_nothing_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    (tmp_path / ".tmp-a-1").mkdir()
+    write_text_atomic(tmp_path / "a", "x")
+    assert sweep(tmp_path, "a") == 0 and sorted(os.listdir(tmp_path)) == [".tmp-a-1", "a"]
 
 
 def test_unused_counts_from_two(tmp_path):
@@ -88,26 +155,61 @@ def test_the_next_start_removes_unfinished_demo_data(tmp_path, dead, monkeypatch
     assert os.listdir() == ["demo_data"] and os.listdir("demo_data") == ["seq.jsonl"]
 
 
-def test_killed_while_it_makes_demo_data(tmp_path):
-    """A real kill: the next start leaves nothing but the demo data."""
+@pytest.mark.parametrize("left", [".tmp-demo_data-{n}", ".tmp-.tmp-demo_data-{n}-{n}"])
+def test_what_an_earlier_version_left_of_demo_data_blocks_no_start(tmp_path, monkeypatch, left):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main, "DEMO", {"users": 20, "items": 30})
+    folder = Path(left.format(n=os.getpid()))
+    folder.mkdir()
+    (folder / "seq.jsonl").touch()
+    main.with_demo_data(Config())
+    assert os.listdir() == ["demo_data"]
+
+
+# Where the first start is killed: inside synthetic.generate; between its end and the folder's last name; in a dry run; in a benchmark.
+KILLS = {
+    "making": ("import main, synthetic", "synthetic._Writer._collect = die", "main.with_demo_data(main.Config())"),
+    "made": ("import main", "main.put_folder = die", "main.with_demo_data(main.Config())"),
+    "scratch": ("from machine import scratch_near", "pass", "with scratch_near(Path('x')) as folder: (folder / 'part').touch(), die()"),
+    "work": ("import benchmark", "benchmark.Benchmark.run = die", "benchmark.main(benchmark.parse(['--quick', '--cache', '.']))"),
+}
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["another number", "the same number"])
+@pytest.mark.parametrize("where", KILLS)
+def test_what_a_killed_start_leaves_is_gone_after_the_next(tmp_path, monkeypatch, where, same):
+    """A real kill. same: what it left gets the number of this very process, as a container's next start may have."""
+    imports, patch, act = KILLS[where]
+    small = "main.DEMO |= {'users': 20, 'items': 30}" if "main" in imports else "pass"
     code = (
-        "import sys, os; sys.path.insert(0, {root!r})\n"
-        "import main, synthetic\nfrom config import Config\nfrom pathlib import Path\n"
-        "main.DEMO |= {{'users': 20, 'items': 30}}\n"
-        "if {kill}: synthetic._Writer._collect = lambda *_: os.kill(os.getpid(), 9)\n"
-        "main.with_demo_data(Config())\n"
+        f"import sys, os; sys.path.insert(0, {str(ROOT)!r})\n{imports}\nfrom pathlib import Path\n"
+        f"die = lambda *_, **__: os.kill(os.getpid(), 9)\n{small}\n{patch}\n{act}\n"
     )
-    run = lambda kill: subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), kill=kill)], cwd=tmp_path, check=False).returncode
-    assert run(True) == -9
-    assert [name for name in os.listdir(tmp_path) if name.startswith(".tmp-")] and not (tmp_path / "demo_data").exists()
-    assert run(False) == 0
-    assert os.listdir(tmp_path) == ["demo_data"]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    assert process.wait() == -9
+    left = [path for path in tmp_path.rglob(".tmp-*") if str(process.pid) in path.name]
+    assert left and not (tmp_path / "demo_data").exists()
+    for path in sorted(left, reverse=True) if same else ():
+        path.rename(path.with_name(path.name.replace(str(process.pid), str(os.getpid()))))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main, "DEMO", {"users": 20, "items": 30})
+    if where in ("making", "made"):
+        main.with_demo_data(Config())
+    elif where == "scratch":
+        with scratch_near(Path("x")):
+            pass
+    else:
+        monkeypatch.setattr(benchmark.Benchmark, "run", lambda self: None)
+        benchmark.main(benchmark.parse(["--quick", "--cache", "."]))
+    assert os.listdir() == (["demo_data"] if where in ("making", "made") else [])
 
 
 def test_scratch_folders_of_dead_processes_are_swept(tmp_path, dead):
-    (tmp_path / f".tmp-scratch-x_8a-{dead}").mkdir()
-    first, second = scratch_near(tmp_path), scratch_near(tmp_path)
-    assert first != second and sorted(tmp_path.iterdir()) == sorted([first, second])
+    for number in (dead, os.getpid()):
+        (tmp_path / f".tmp-scratch-x_8a0000-{number}").mkdir()
+    with scratch_near(tmp_path) as first, scratch_near(tmp_path) as second:
+        assert first != second and sorted(tmp_path.iterdir()) == sorted([first, second])
+    assert not os.listdir(tmp_path)
 
 
 def test_matrices_and_ranks_are_written_atomically(tmp_path, dead, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import time
@@ -455,6 +456,22 @@ def test_the_places_of_bad_lines_are_named_and_no_file_that_is_gone(healthy, tmp
     _, found = examined(tmp_path, tmp_path / "data", "--max_bad_lines", 3)
     (finding,) = [f for f in found if f.check == "data.rejected"]
     assert "seq.jsonl:8; listed in " in finding.text and Path(tmp_path, finding.text.split("listed in ")[1]).is_file()
+
+
+def test_a_bit_that_the_disk_lost_in_the_cache_is_found(healthy, tmp_path):
+    """Size, time and inode are as they were when it was verified: the doctor hashes all the same, and the store is made anew."""
+    _, found = examined(tmp_path, healthy / "A")
+    assert [f.level for f in found if f.check == "data.cache"] == [PASS]
+    (file,) = tmp_path.glob("cache/store-*/item_ids.bin")
+    facts, data = file.stat(), bytearray(file.read_bytes())
+    data[100] ^= 4
+    with open(file, "r+b") as out:
+        out.write(data)
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    status, found = examined(tmp_path, healthy / "A")
+    (finding,) = [f for f in found if f.level != PASS]
+    assert status == 0 and finding.check == "data.cache" and "item_ids.bin is not what was written; compiling it anew" in finding.text
+    assert [f.level for f in examined(tmp_path, healthy / "A")[1] if f.check == "data.cache"] == [PASS]
 
 
 def test_a_missing_data_folder_is_said_with_who_set_it(tmp_path):

@@ -75,9 +75,9 @@ def test_torch_outside_the_requirements_is_warned_of():
 
 def test_scratch_lies_on_the_disk_of_the_path_where_that_can_be_written(tmp_path):
     assert nearest_folder(tmp_path / "a/b") == tmp_path
-    made = scratch_near(tmp_path / "a/b")
-    assert made.parent == tmp_path and made.is_dir()
+    with scratch_near(tmp_path / "a/b") as made:
+        assert made.parent == tmp_path and made.is_dir() and made.stat().st_mode & 0o777 == 0o700
     (tmp_path / "file").touch()
-    elsewhere = scratch_near(tmp_path / "file/a")
-    assert elsewhere.is_dir() and tmp_path not in elsewhere.parents
-    elsewhere.rmdir()
+    with scratch_near(tmp_path / "file/a") as elsewhere:
+        assert elsewhere.is_dir() and tmp_path not in elsewhere.parents
+    assert not made.exists() and not elsewhere.exists()

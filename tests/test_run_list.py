@@ -22,6 +22,8 @@ def make(base, name, ndcg=None, state="finished", ended=0, **status):
         (checkpoint / "global_step4.valid_loss=1.0000" / file).write_bytes(b"x" * 1000)
     os.link(checkpoint / "global_step4.valid_loss=1.0000/model.pt", checkpoint / "best_model.pt")
     (events / "events.out.tfevents.1").write_bytes(b"e" * 500)
+    (checkpoint / ".lock").write_text(f"7\n{folder}\n")  # as prepare_run marks them
+    (events / ".run").write_text(f"{folder}\n")
     where = {"checkpoint_path": str(checkpoint), "tensorboard_path": str(events)}
     write_status(folder, state, 4, name=name, **(where | status))
     # 65 s of work with an hour's pause in it
@@ -58,7 +60,8 @@ def test_list(logs, capsys):
     assert lines[0].split() == ["run", "kind", "state", "step", "HR@10", "NDCG@10", "time", "size"]
     row = next(line for line in lines if "/best" in line).split()
     # 3 files of 1000 bytes (best_model.pt is a link to one), the events, and the run folder's own small ones.
-    size = 3000 + 500 + sum(path.stat().st_size for path in (logs / "best").iterdir())
+    marks = (logs.parent / "checkpoints/best/.lock", logs.parent / "tb/best/.run")
+    size = 3000 + 500 + sum(path.stat().st_size for path in [*(logs / "best").iterdir(), *marks])
     assert row[1:] == ["train", "finished", "4", "0.2000", "0.3000", "0:01:05", f"{size / 1000:.1f}", "kB", "best"]
     assert [line.split()[0].split("/")[-1] for line in lines[2:]] == ["weak", "best", "broken", "stopped", "last"]
 

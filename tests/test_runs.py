@@ -1,8 +1,10 @@
 """runs.py: names, whose folder it is, resuming, status, start files, the environment."""
 
+import errno
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +21,7 @@ from tiny import META
 import checkpoint as ck
 import runs
 from errors import RunError, UserError
+from run_list import find_runs
 
 NOW = datetime(2026, 5, 4, 3, 2, 1)
 LATER = datetime(2026, 5, 4, 4, 0, 0)
@@ -122,7 +125,7 @@ def test_overwrite_removes_the_runs_files_and_no_others(prepare, tmp_path):
     again = prepare(paths(tmp_path / "log"), overwrite=True)
     assert again.checkpoint_dir == run.checkpoint_dir  # found through status.json, not a second folder beside it
     assert sorted(os.listdir(run.log_dir)) == [".lock", "notes.md", "status.json"]
-    assert sorted(os.listdir(run.checkpoint_dir)) == [".lock", "mine.pt"] and os.listdir(run.tensorboard_dir) == []
+    assert sorted(os.listdir(run.checkpoint_dir)) == [".lock", "mine.pt"] and os.listdir(run.tensorboard_dir) == [".run"]
     with pytest.raises(UserError, match="--overwrite starts anew and --resume goes on"):
         prepare(overwrite=True, resume=True)
 
@@ -299,6 +302,25 @@ def test_a_living_run_is_neither_resumed_nor_overwritten_and_a_killed_one_is(pre
     assert prepare(resume=True).resume_from.resolve() == path
 
 
+@pytest.mark.parametrize("number", ["another", "ours"])
+def test_a_lock_is_ours_because_we_hold_it_not_by_its_number(prepare, tmp_path, number):
+    """Two containers that share a disk may both have the same number."""
+    code = HOLD.format(root=str(Path(runs.__file__).parent), log=str(tmp_path / "logs" / "alive"))
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline().strip() == "ready"
+        lock = tmp_path / "logs/alive/.lock"
+        lock.write_text(lock.read_text().replace(str(child.pid), str(os.getpid() if number == "ours" else child.pid)))
+        with pytest.raises(UserError, match="a run is going on there"):
+            prepare(paths(tmp_path / "logs" / "alive"), resume=True)
+        assert runs.is_alive(tmp_path / "logs/alive")
+    finally:
+        child.kill()
+        child.wait()
+    first = runs.prepare_run(paths(tmp_path / "mine"), log=lambda _: None)
+    assert first.locks and runs.prepare_run(paths(tmp_path / "mine"), resume=True, log=lambda _: None).log_dir == first.log_dir
+
+
 # ---- evaluation folders -------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +336,40 @@ def test_evaluations_have_folders_of_their_own_and_are_never_resumed(prepare, tm
     assert runs.read_status(free.log_dir)["kind"] == "eval" and runs.unfinished_runs() == []
 
 
+EVALUATE = """
+import sys, time
+sys.path.insert(0, {root!r})
+from types import SimpleNamespace
+from pathlib import Path
+import atomic, runs
+run = runs.prepare_eval(SimpleNamespace(log_path={log!r}, tensorboard_path="", checkpoint_path=""))
+with atomic.replacing(run.log_dir / "metrics.json", 9) as file:
+    print(run.log_dir, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("next_start", ["evaluation", "training"])
+def test_a_killed_evaluation_is_settled_by_the_next_start_and_a_living_one_is_left(prepare, tmp_path, next_start):
+    run = prepare(paths(tmp_path / "log"))
+    code = EVALUATE.format(root=str(Path(runs.__file__).parent), log=str(run.log_dir))
+    start = lambda: runs.prepare_eval(paths(run.log_dir)) if next_start == "evaluation" else prepare(paths(run.log_dir), resume=True)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        folder = Path(child.stdout.readline().strip())
+        start()
+        assert runs.read_status(folder)["state"] == "running" and list(folder.glob(".tmp-*"))
+        assert {one.folder: one.state for one in find_runs([run.log_dir])}[folder] == "running"
+    finally:
+        child.kill()
+        child.wait()
+    assert {one.folder: one.state for one in find_runs([run.log_dir])}[folder] == "killed"
+    start()
+    status = runs.read_status(folder)
+    assert (status["state"], status["reason"], status["kind"]) == ("interrupted", "its process was killed", "eval")
+    assert not list(folder.glob(".tmp-*"))
+
+
 # ---- status and start files ---------------------------------------------------------------------------------------------
 
 
@@ -326,18 +382,31 @@ def test_write_status(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="state is 'done'"):
         runs.write_status(tmp_path, "done", 1)
 
-    def full(path, text):
-        raise RunError("full")
 
-    monkeypatch.setattr(runs, "write_text_atomic", full)
-    assert not runs.write_status(tmp_path, "finished", 13)
-    assert runs.read_status(tmp_path)["state"] == "interrupted"
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_at_the_start_is_an_error(prepare, monkeypatch):
-    monkeypatch.setattr(runs, "write_text_atomic", lambda path, text: (_ for _ in ()).throw(RunError("full")))
-    with pytest.raises(RunError, match="no space left"):
-        prepare()
+def test_a_status_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capfd):
+    """The last word of a run that is over: without it the folder says "running", which only the console can tell."""
+    runs.write_status(tmp_path, "running", 12)
+    monkeypatch.setattr(os, "fsync", full)
+    for _ in range(3):
+        assert not runs.write_status(tmp_path, "finished", 13)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and re.match(rf"warning: {tmp_path}/status.json: no space left to write \(\d+ bytes needed\): .*", said[0])
+    assert said[0].endswith("It says running in place of finished.")
+    assert not runs.write_status(tmp_path, "failed", 13) and "in place of failed" in capfd.readouterr().err
+    assert runs.read_status(tmp_path)["state"] == "running"
+
+
+def test_a_full_disk_at_the_start_is_an_error(prepare, tmp_path, monkeypatch, capfd):
+    prepare(paths(tmp_path / "l", tmp_path / "t", tmp_path / "c"))
+    monkeypatch.setattr(runs, "make_folder", lambda path: None)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"status.json: no space left to write \(\d+ bytes needed\)"):
+        prepare(paths(tmp_path / "l", tmp_path / "t", tmp_path / "c"), overwrite=True)
+    assert not capfd.readouterr().err
 
 
 def test_start_files_and_environment(tmp_path):
@@ -353,18 +422,95 @@ def test_start_files_and_environment(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["command.txt", "config.resolved.yaml", "environment.json"]
 
 
-def test_overwriting_a_copied_run_leaves_the_checkpoints_of_the_one_it_was_copied_from(prepare, tmp_path):
-    """A copy's status.json still names the original's checkpoints."""
+def test_overwriting_a_copied_run_leaves_the_files_of_the_one_it_was_copied_from(prepare, tmp_path):
+    """A copy's status.json still names the original's checkpoints and events."""
     original = prepare()
     save(original.checkpoint_dir, 3)
+    (original.tensorboard_dir / "events.out.tfevents.1").touch()
     copy = tmp_path / "logs/copy"
     shutil.copytree(original.log_dir, copy)
+    with pytest.raises(UserError, match="belongs to another run"):
+        prepare(paths(copy))
     with pytest.raises(UserError, match="holds the checkpoints of the run in"):
-        prepare(paths(copy), overwrite=True)
-    assert len(ck.list_checkpoints(original.checkpoint_dir)) == 1
-    assert runs.clear_folders(copy, original.checkpoint_dir, None)
-    assert len(ck.list_checkpoints(original.checkpoint_dir)) == 1 and not copy.exists()
-    assert len(ck.list_checkpoints(prepare(paths(original.log_dir), overwrite=True).checkpoint_dir)) == 0
+        prepare(paths(copy, checkpoint=original.checkpoint_dir), overwrite=True)
+    again = prepare(paths(copy), overwrite=True)
+    assert again.log_dir == copy and not {again.checkpoint_dir.resolve(), again.tensorboard_dir.resolve()} & {
+        original.checkpoint_dir.resolve(), original.tensorboard_dir.resolve()}  # fmt: skip
+    assert len(prepare.lines) == 2 and all("stays as it is" in line for line in prepare.lines)
+    shutil.copyfile(original.log_dir / "status.json", copy / "status.json")
+    lines: list[str] = []
+    assert runs.clear_folders(copy, original.checkpoint_dir, original.tensorboard_dir, lines.append) and len(lines) == 2
+    assert len(ck.list_checkpoints(original.checkpoint_dir)) == 1 and len(list(original.tensorboard_dir.glob("events*"))) == 1
+    mine = prepare(paths(original.log_dir), overwrite=True)
+    assert [path.resolve() for path in folders(mine)] == [path.resolve() for path in folders(original)] and not prepare.lines
+    assert len(ck.list_checkpoints(mine.checkpoint_dir)) == 0 and not list(mine.tensorboard_dir.glob("events*"))
+
+
+HOSTILE = {
+    "another's folders": lambda victim: {"checkpoint_path": str(victim), "tensorboard_path": str(victim)},
+    "a name that leads there": lambda victim: {"name": str(victim)},
+    "a name of dots": lambda victim: {"name": "../victim"},
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_strange_status_removes_nothing_elsewhere(prepare, tmp_path, how, marked):
+    """A run folder from a stranger: what its status.json names is neither cleared nor written to by --overwrite, nor by --prune."""
+    victim = tmp_path / "victim"
+    path = save(victim, 3)
+    ck.link(victim, "best_model.pt", path)
+    (victim / "events.out.tfevents.1").touch()
+    (victim / "projector_config.pbtxt").touch()
+    if marked:  # by a run that is gone
+        (victim / ".lock").write_text(f"7\n{tmp_path}/gone\n")
+        (victim / ".run").write_text(f"{tmp_path}/gone\n")
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    before = {found: found.read_bytes() for found in victim.rglob("*") if found.is_file()}
+    for act in ("overwrite", "prune"):
+        runs.write_status(strange, "finished", 3, **HOSTILE[how](victim))
+        if act == "overwrite":
+            run = prepare(paths(strange), overwrite=True)
+            assert victim.resolve() not in (run.checkpoint_dir.resolve(), run.tensorboard_dir.resolve())
+            assert len(prepare.lines) == (2 if how == "another's folders" else 0)
+        else:
+            lines: list[str] = []
+            assert runs.clear_folders(strange, victim, victim, lines.append) and len(lines) == 2 and str(victim) in lines[0]
+        assert {found: found.read_bytes() for found in victim.rglob("*") if found.is_file()} == before
+
+
+def test_a_run_folder_that_was_moved_with_all_in_it_is_overwritten_and_removed(prepare, tmp_path):
+    for act in ("overwrite", "prune"):
+        old, new = tmp_path / f"{act}-old", tmp_path / f"{act}-new"
+        run = prepare(paths(old, old / "tb", old / "ckpt"))
+        save(run.checkpoint_dir, 3)
+        (run.tensorboard_dir / "events.out.tfevents.1").touch()
+        shutil.move(old, new)
+        lines: list[str] = []
+        if act == "overwrite":
+            prepare(paths(new, new / "tb", new / "ckpt"), overwrite=True)
+            lines = prepare.lines
+        else:
+            assert runs.clear_folders(new, new / "ckpt", new / "tb", lines.append) and not new.exists()
+        assert not lines and not ck.list_checkpoints(new / "ckpt") and not list(new.glob("tb/events*"))
+
+
+def test_events_are_a_run_s_own_only_where_no_other_lie(prepare, tmp_path):
+    """Of a run from before there was a mark, and of two runs that share a folder, none are removed."""
+    old, shared = tmp_path / "old", tmp_path / "shared"
+    for folder in (old, shared):
+        folder.mkdir()
+    (old / "events.out.tfevents.1").touch()
+    prepare(paths(tmp_path / "a", old, tmp_path / "ca"))
+    prepare(paths(tmp_path / "a", old, tmp_path / "ca"), overwrite=True)
+    assert len(list(old.glob("events*"))) == 1 and len(prepare.lines) == 1 and "old stays as it is" in prepare.lines[0]
+    for name in "bc":
+        prepare(paths(tmp_path / name, shared, tmp_path / f"c{name}"))
+        (shared / f"events.out.tfevents.{name}").touch()
+    for name in "bc":
+        prepare(paths(tmp_path / name, shared, tmp_path / f"c{name}"), overwrite=True)
+    assert len(list(shared.glob("events*"))) == 2
 
 
 def test_two_runs_do_not_share_a_checkpoint_folder(prepare, tmp_path):

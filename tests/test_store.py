@@ -479,7 +479,7 @@ def test_a_full_disk_in_a_worker_process(world: World, tmp_path: Path, monkeypat
     check_against(opened(folder, cache), world)
 
 
-@pytest.mark.parametrize("step", ["write_json", "sync_path", "_replace"])
+@pytest.mark.parametrize("step", ["write_sealed", "sync_path", "_replace"])
 def test_a_crash_at_the_end_leaves_the_old_or_the_new(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     folder, cache = write_jsonl(world, tmp_path / "a"), tmp_path / "cache"
 
