@@ -1,6 +1,7 @@
 """Runs main.py in forks of itself and signals them: a line of JSON in, one out. Started by reliability_world.Driver.
 
-In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); descriptors (file, how many are open);
+In: flags; console (file); samples (file, takes a line [step, users] a batch trained on); descriptors (file, takes a line
+`step, how many are open, how many of TensorBoard's events` every ten steps);
 signal, with after (seconds from the first step), at_start (seconds from the fork) or in_save (see kill_in_save); crash (the run's n-th
 call that changes the disk, store and logs included; 0 = none) with lose (folders where what was not fsynced by then is cut in half, as a
 power cut may leave it), names ("all" or "some" of the names that were not fsynced are forgotten too, see power_cut.py) and calls (file,
@@ -29,6 +30,17 @@ from power_cut import PowerCut
 from errors import run_cli
 
 
+def open_files() -> list[str]:
+    """What each descriptor of this process is open on; without os.listdir's own, which is closed by then."""
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            names.append(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:
+            continue  # closed since
+    return names
+
+
 def child(order: dict, ready: int) -> None:
     log = os.open(order["console"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -46,9 +58,11 @@ def child(order: dict, ready: int) -> None:
             descriptor = os.open(samples, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.write(descriptor, line.encode())
             os.close(descriptor)
-        if descriptors and self.step % 100 == 50:
+        if descriptors and self.step % 10 == 0:
+            names = open_files()
+            of_events = sum("events.out.tfevents" in name for name in names)
             with open(descriptors, "a") as file:
-                file.write(f"{self.step} {len(os.listdir('/proc/self/fd'))}\n")
+                file.write(f"{self.step} {len(names) - of_events} {of_events}\n")
         update(self, batch, features)
 
     trainer.Trainer._accumulate = log_samples

@@ -159,13 +159,17 @@ def test_a_long_run_leaks_nothing(tmp_path, steps):
     log = read_train_log(tmp_path / "log/train.log")
     lines = [(record["global_step"], record["rss_gib"] * 1024) for record in log if "loss" in record and record["global_step"] > steps // 5]
     slope = np.polyfit(*np.array(lines).T, 1)[0] * 1000
-    counts = [int(line.split()[1]) for line in (tmp_path / "descriptors").read_text().splitlines()[2:]]
+    samples = [tuple(map(int, line.split())) for line in (tmp_path / "descriptors").read_text().splitlines()]
+    counts, of_events = (np.array([sample[k] for sample in samples if sample[0] > steps // 5]) for k in (1, 2))
     evaluations = sum(record.get("split") == "valid" for record in log)
     kept = [path.name for path in checkpoints.list_checkpoints(tmp_path / "ckpt")]
     best = checkpoints.find_checkpoint(tmp_path / "ckpt/best_model.pt")
-    print(f"\n{slope:.3f} MB per 1,000 steps, {min(counts)} to {max(counts)} descriptors, {evaluations} evaluations, {kept}")
+    print(
+        f"\n{slope:.3f} MB per 1,000 steps, {min(counts)} to {max(counts)} descriptors in {len(counts)} samples, {evaluations} evaluations, {kept}"
+    )
     assert slope < 1.0 or steps < 1000
-    assert max(counts) - min(counts) <= 1  # os.listdir's own
+    # TensorBoard's thread opens its events file for each write and closes it, so a sample may see it open: one at a time.
+    assert min(counts) == max(counts) and max(of_events) <= 1
     assert abs(evaluations - 20) <= 2 or steps < 1000
     values = [(record["ndcg@10"], record["global_step"]) for record in log if record.get("split") == "valid"]
     best_steps = [step for n, (value, step) in enumerate(values) if all(value > earlier for earlier, _ in values[:n])]

@@ -56,11 +56,13 @@ def check_against(store: Store, world: World) -> None:
         assert values.tolist() == [v for u in users for v in u["features"].get(name, [])]
         assert counts.tolist() == [len(u["features"].get(name, [])) for u in users]
     assert store.item_single.tolist() == [[0] * 13] + [row(world.items.get(i, {}), ITEM_SINGLE) for i in range(1, store.num_items + 1)]
-    assert store.raw_item_ids.tolist() == [0] + [CREATIVE + i for i in range(1, store.num_items + 1)]
+    creatives, num = list(world.indexer["i"]), store.num_items + 1  # names that are all numbers are held as numbers
+    held = store.raw_item_ids.tolist() if isinstance(store.raw_item_ids, np.ndarray) else store.raw_item_ids.take(range(num))
+    assert held[0] in (0, "") and list(map(str, held[1:])) == list(map(str, creatives))
     assert (store.num_users, store.num_items, store.num_known_items, store.num_events) == (
         len(users),
-        120,
-        120,
+        len(creatives),
+        len(creatives),
         sum(len(u["events"]) for u in users),
     )
 
@@ -524,10 +526,38 @@ def test_items_are_looked_up_by_number_and_by_name() -> None:
     assert lookup([]).tolist() == [] and ItemLookup(np.zeros(1, np.uint64))([5]).tolist() == [0]
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 15))
-def test_any_world_gives_equal_stores(tmp_path: Path, seed: int, num_users: int, num_items: int) -> None:
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
+
+
+@st.composite
+def worlds(draw) -> World:
+    """Users and items with any text or number as their id; features missing, lists empty or with repeats, times equal or far apart."""
+    numbers = st.lists(st.integers(1, 2**63), min_size=1, max_size=8, unique=True)
+    creatives = draw(st.one_of(numbers, st.lists(NAMES, min_size=1, max_size=8, unique=True)))
+    names = draw(st.lists(NAMES, min_size=1, max_size=6, unique=True))
+    value = st.integers(1, 60)
+    single = lambda ids: st.dictionaries(st.sampled_from(ids), value, max_size=len(ids))
+    lists = st.dictionaries(st.sampled_from(USER_MULTI), st.lists(value, max_size=4), max_size=len(USER_MULTI))
+    event = st.tuples(st.integers(1, len(creatives)), st.integers(0, 2), st.integers(0, 2_000_000_000) | st.just(1_700_000_000))
+    users = []
+    for number, raw in enumerate(names, 1):
+        if number == 1 or draw(st.booleans()):  # the indexer may name others
+            events = sorted(draw(st.lists(event, min_size=1, max_size=6)), key=lambda e: e[2])
+            users.append({"id": number, "raw": raw, "features": draw(single(USER_SINGLE)) | draw(lists), "events": events})
+    items = {item: draw(single(ITEM_SINGLE)) for item in range(1, len(creatives) + 1)}
+    indexer = {"u": {raw: n for n, raw in enumerate(names, 1)}, "i": {c: i for i, c in enumerate(creatives, 1)},
+               "f": {i: {str(v): v for v in range(1, 41)} for i in ITEM_SINGLE + USER_SINGLE + USER_MULTI}}  # fmt: skip
+    return World(users, items, indexer)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(worlds(), st.randoms(use_true_random=False))
+def test_any_world_comes_back_from_either_layout(tmp_path: Path, drawn: World, chance) -> None:
     shutil.rmtree(tmp_path, ignore_errors=True)
-    small = make_world(num_users, num_items, seed, mean_length=3)
-    a, b = (opened(write(small, tmp_path / name), tmp_path / "cache") for write, name in ((write_jsonl, "a"), (write_parquet, "b")))
-    assert content_hash(a) == content_hash(b) and a.num_users == num_users and a.num_items == num_items
+    users = list(drawn.users)
+    chance.shuffle(users)
+    mixed = World(users, drawn.items, drawn.indexer)
+    a, b = (opened(write(mixed, tmp_path / name), tmp_path / "cache") for write, name in ((write_jsonl, "a"), (write_parquet, "b")))
+    for store in (a, b):
+        check_against(store, drawn)
+    assert content_hash(a) == content_hash(b)
