@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings, strategies
+from hypothesis import given, reject, settings, strategies
 
 from config import GROUPS, KEYS, Config, keys_of, warnings_for, with_values
 from errors import UserError
+from setting_keys import Unfit
 from settings import DEFAULT_FILE, ParsedArguments, dump_yaml, help_text, load_config, print_config, write_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -348,6 +349,64 @@ def test_dump_round_trip(tmp_path_factory, text: str, number: float, truth: bool
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     path.write_text(dump_yaml(config), encoding="utf-8")
     assert load(file=path).config == config
+
+
+PRINTED = strategies.text(strategies.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
+
+
+def values_of(key) -> strategies.SearchStrategy:
+    """Anything that the key's own type, limits, choices and pattern allow."""
+    low = key.minimum if key.minimum is not None else key.above if key.above is not None else -1000
+    high = key.maximum if key.maximum is not None else key.below if key.below is not None else low + 10_000
+    whole = strategies.integers(int(low), int(high))
+    number = strategies.floats(low, high)
+    if key.choices or key.pattern:
+        options = strategies.sampled_from([*key.choices, key.default])
+        one = options if key.choices else options | strategies.from_regex(key.pattern, fullmatch=True)
+        return strategies.lists(one, min_size=1, max_size=4, unique=True).map(tuple) if key.is_list else one
+    names = strategies.lists(PRINTED.filter(lambda text: "," not in text), max_size=3, unique=True).map(tuple)  # a comma parts them
+    return {
+        "bool": strategies.booleans(),
+        "int": whole,
+        "float": number,
+        "str": PRINTED,
+        "Path | None": PRINTED,
+        "tuple[int, ...]": strategies.lists(whole, min_size=1, max_size=4, unique=True).map(tuple),
+        "tuple[float, ...]": strategies.lists(number, min_size=3, max_size=3).map(tuple),
+        "tuple[()] | tuple[int, ...]": strategies.lists(whole, max_size=3, unique=True).map(tuple),
+        "tuple[str, ...]": names,
+        "str | tuple[str, ...]": strategies.just("auto") | names,
+    }[key.kind]
+
+
+@settings(max_examples=200, deadline=None)
+@given(strategies.sampled_from(sorted(KEYS)), strategies.data())
+def test_any_value_of_any_key_is_the_same_from_file_environment_and_flag(tmp_path_factory, name: str, data) -> None:
+    """And written to a file and read again. A value that the rest of the settings does not allow is refused by each alike."""
+    key = KEYS[name]
+    try:
+        value = key.read(data.draw(values_of(key)))
+    except Unfit:
+        reject()
+    text = (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+    path = tmp_path_factory.mktemp("any") / "config.yaml"
+    path.write_text(yaml.safe_dump({key.group: {name: list(value) if isinstance(value, tuple) else value}}), encoding="utf-8")
+    ways = [{"file": path}, {"argv": [f"--{name}={text}"]}]
+    if key.env and text:  # an empty variable counts as none
+        ways.append({"environ": {key.env: text}})
+    found = []
+    for way in ways:
+        try:
+            found.append(load(*way.get("argv", ()), environ=way.get("environ"), file=way.get("file", NO_FILE)).config)
+        except UserError as error:
+            found.append(name in str(error))
+    assert all(config == found[0] for config in found), found
+    if found[0] is True:
+        reject()
+    wanted = tuple(sorted({*value, 10})) if name == "top_k" else value  # the competition's 10 is always among them
+    assert getattr(getattr(found[0], key.group), name) == wanted
+    path.write_text(dump_yaml(found[0]), encoding="utf-8")
+    assert load(file=path).config == found[0]
 
 
 TEXTS = ["no", "Null", "~", "./cache", "cuda:0", "a: b", "a #b", "中文", "1e3", "", " x", "x:", '"', "\\", "a\nb", "\udcff", "🙂"]
