@@ -73,7 +73,13 @@ class MemoryBank:
         self.next, self.added = 0, []  # where the next one goes; how many the last updates brought
 
     def update(self, items: Tensor, vectors: Tensor) -> None:
-        """items: (M,) int64, each once; vectors: (M, D). The oldest make room."""
+        """items: (M,) int64, each once; vectors: (M, D). The oldest make room.
+
+        Vectors that are not finite are left out: the step that made them may be skipped, and the bank would spoil all later ones.
+        """
+        if not vectors.isfinite().all():
+            keep = vectors.isfinite().all(1)
+            items, vectors = items[keep], vectors[keep]
         size = len(self.items)
         items, vectors = items[-size:], vectors[-size:].detach().float()
         old = self.place[items]

@@ -112,6 +112,13 @@ def test_popular_draws_depend_on_the_step_alone_and_come_by_share():
     assert 0 not in ids and set(range(5, 21)) <= set(ids) and c is not None
 
 
+def test_the_bank_takes_no_vectors_that_are_not_finite():
+    bank = MemoryBank(4, 2, 9, CPU)
+    bank.update(torch.tensor([3, 4, 5]), torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [0.0, float("inf")]]))
+    items, vectors = bank.others(torch.tensor([0]))
+    assert items.tolist() == [3] and vectors.tolist() == [[1.0, 2.0]]
+
+
 def test_seen_by_user_against_a_loop():
     store = tiny_store(num_users=12, num_items=20)
     train = make_splits(store, protocol="leave_one_out", holdout_fraction=0.3, target="last", seed=1).train

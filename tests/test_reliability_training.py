@@ -164,9 +164,7 @@ def test_a_long_run_leaks_nothing(tmp_path, steps):
     evaluations = sum(record.get("split") == "valid" for record in log)
     kept = [path.name for path in checkpoints.list_checkpoints(tmp_path / "ckpt")]
     best = checkpoints.find_checkpoint(tmp_path / "ckpt/best_model.pt")
-    print(
-        f"\n{slope:.3f} MB per 1,000 steps, {min(counts)} to {max(counts)} descriptors in {len(counts)} samples, {evaluations} evaluations, {kept}"
-    )
+    print(f"\n{slope:.3f} MB per 1,000 steps, {min(counts)} to {max(counts)} descriptors in {len(counts)} samples,", evaluations, kept)
     assert slope < 1.0 or steps < 1000
     # TensorBoard's thread opens its events file for each write and closes it, so a sample may see it open: one at a time.
     assert min(counts) == max(counts) and max(of_events) <= 1
