@@ -27,6 +27,7 @@ from unsafe_loads import unsafe_loads
 import checkpoint as checkpoints
 import infer
 import report
+import store_check
 from synthetic import generate
 
 pytestmark = pytest.mark.reliability
@@ -226,15 +227,24 @@ def link_outside(world: World) -> None:
     (world.newest / checkpoints.MODEL).symlink_to("/etc/passwd")
 
 
-def object_npy(world: World) -> None:
-    """Vectors in the cache that are pickled objects, of the size that the store noted."""
-    assert train(world).status == 0
-    shutil.rmtree(world.folder / "new")
-    (path,) = (world.folder / "cache").glob("store-*/emb_81/matrix.npy")
-    size = path.stat().st_size
-    np.save(path, np.array([Evil(world.canary)], dtype=object), allow_pickle=True)
-    with open(path, "ab") as file:
-        file.write(b"\0" * (size - path.stat().st_size))
+def object_npy(forged: bool) -> Callable[[World], None]:
+    """Vectors in the cache that are pickled objects, of the size that the store noted; forged: with hashes and a seal that fit."""
+
+    def put(world: World) -> None:
+        assert train(world).status == 0
+        shutil.rmtree(world.folder / "new")
+        (path,) = (world.folder / "cache").glob("store-*/emb_81/matrix.npy")
+        size = path.stat().st_size
+        np.save(path, np.array([Evil(world.canary)], dtype=object), allow_pickle=True)
+        with open(path, "ab") as file:
+            file.write(b"\0" * (size - path.stat().st_size))
+        if forged:
+            manifest = store_check.read_sealed(path.with_name("manifest.json"))
+            del manifest["seal"]
+            manifest["files"] = store_check.measure(path.parent, manifest["files"])
+            store_check.write_sealed(path.with_name("manifest.json"), manifest)
+
+    return put
 
 
 def evil_ranks(world: World) -> None:
@@ -265,7 +275,8 @@ CASES = [
     ("offsets: Popen", pickled("seq_offsets.pkl", "Popen"), train),
     ("vectors: os.system", embedding(lambda w: {1: Evil(w.canary)}), train),
     ("vectors: object array", embedding(lambda w: {1: np.array([Evil(w.canary)], dtype=object)}), train),
-    ("vectors in the cache: object .npy", object_npy, train),
+    ("vectors in the cache: object .npy", object_npy(forged=False), train),
+    ("vectors in the cache: object .npy, sealed", object_npy(forged=True), train),
     ("schema: a path", schema("../../../canary"), train),
     ("schema: an absolute path", schema("/tmp/canary"), train),
     ("schema: NUL", schema("a\0b"), train),
@@ -314,10 +325,10 @@ CASES = [
     ("run_name: a path", run_named, train),
 ]
 # Broken, not needed, and passed over or made harmless.
-TAKEN = ("ranks.npz: objects", "config.resolved.yaml: a tag", "status.json: nested")
+TAKEN = ("vectors in the cache: object .npy", "ranks.npz: objects", "config.resolved.yaml: a tag", "status.json: nested")
 # A traceback, or torch's advice to run the file, before this check was written.
 ONCE_WRONG = (
-    "vectors in the cache: object .npy",
+    "vectors in the cache: object .npy, sealed",
     "schema: nested",
     "model.pt: os.system in a zip",
     "trainer.pt: no position",
