@@ -500,7 +500,7 @@ class Trainer:
             **computed_on(self.device),
         }
 
-    def _resume(self, path: Path, allow_other_data: bool) -> None:
+    def _resume(self, path: Path, allow_other_data: bool = False) -> None:
         loaded = checkpoints.load_checkpoint(path, with_trainer=True)
         with checkpoints.fits(path / checkpoints.META):
             check_compatible(loaded.meta, self.config, self.layout, self.embeddings, path)
