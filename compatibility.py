@@ -15,8 +15,8 @@ from kernels import usable_numba
 from model import heads_of
 
 # Settings that decide which samples form which batch: a run that goes on with others would repeat or lose users.
-ORDER_SETTINGS = (
-    *("seed", "batch_size", "accumulate_steps", "length_buckets", "targets_per_sample", "max_seq_length", "protocol", "holdout_fraction"),
+ORDER_SETTINGS = tuple(
+    "seed batch_size accumulate_steps length_buckets targets_per_sample max_seq_length protocol holdout_fraction".split()
 )
 OPTIMIZER_SETTINGS = ("optimizer", "table_optimizer", "ema_decay")
 OTHER_ROWS = "the same features in another order or other widths"

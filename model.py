@@ -215,11 +215,12 @@ class Recommender(nn.Module):
             return None
         if wanted is not None:
             return wanted.index_select(0, batch.owner)
-        unknown = torch.full_like(batch.owner, ANY_ACTION)
         if not batch.target_actions.numel():
-            return unknown
+            return torch.full_like(batch.owner, ANY_ACTION)
         known = wanted_in_training(batch.target_actions, self.config.action_dropout if self.training else 0.0)
-        return unknown.index_copy(0, batch.target_tokens, known) if batch.target_tokens.numel() else known
+        if not batch.target_tokens.numel():
+            return known
+        return torch.full_like(batch.owner, ANY_ACTION).index_copy_(0, batch.target_tokens, known)
 
     def _sequence_parameters(self) -> list[nn.Parameter]:
         """All that `_encode_tokens` uses."""

@@ -77,9 +77,9 @@ class MemoryBank:
 
         Vectors that are not finite are left out: the step that made them may be skipped, and the bank would spoil all later ones.
         """
-        if not vectors.isfinite().all():
-            keep = vectors.isfinite().all(1)
-            items, vectors = items[keep], vectors[keep]
+        finite = vectors.isfinite().all(1)
+        if not finite.all():
+            items, vectors = items[finite], vectors[finite]
         size = len(self.items)
         items, vectors = items[-size:], vectors[-size:].detach().float()
         old = self.place[items]

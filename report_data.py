@@ -67,7 +67,7 @@ def write_report_data(folder: Path, data: ReportedData, ranking: Ranking) -> Pat
     groups = groups_of(store, test, data.counts, is_candidate)
     hits, gains = user_values(ranking.topk_ids, store.item_ids[test.target])
     path = Path(folder) / REPORT_DATA
-    tree = _data_part(path, data) | {
+    tree = _data_part(read_json(path), data) | {
         "quality": {"slices": quality(groups, hits, gains), "ranks": rank_histogram(ranking.target_ranks)},
         "samples": sample_users(store, test, ranking, data.candidate_ids, data.counts, data.seed),
     }
@@ -81,16 +81,16 @@ def write_data_facts(folder: Path, data: ReportedData) -> Path:
     A file that has them of the same data stays as it is, with what it knows of an earlier test.
     """
     path = Path(folder) / REPORT_DATA
-    part = _data_part(path, data)
-    if not part.items() <= read_json(path).items():
+    there = read_json(path)
+    part = _data_part(there, data)
+    if not part.items() <= there.items():
         _write(path, part)
     return path
 
 
-def _data_part(path: Path, data: ReportedData) -> dict:
-    """What report.json says of the data: from the file at `path` where that is of the same ones, else gathered."""
+def _data_part(there: dict, data: ReportedData) -> dict:
+    """What report.json says of the data: what stands `there` where that is of the same ones, else gathered."""
     head = {"version": VERSION, "fingerprint": data.store.manifest["fingerprint"], "data_key": data.key()}
-    there = read_json(path)
     known = "data" in there and head.items() <= there.items()
     return head | {"data": there["data"] if known else plain_json(data_facts(data))}
 

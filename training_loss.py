@@ -40,21 +40,18 @@ class TrainingLoss:
 
     def __call__(self, query: Tensor, item_emb: Tensor, batch: Batch, temperature: Tensor | None = None) -> Tensor:
         """query (T, D), item_emb (M, D) of batch.unique_ids; the mean over targets. temperature: the learnt one, a scalar; None = fixed."""
-        if self.config.name != "sampled_softmax":
-            return self._of(query, item_emb, batch, temperature)
         targets = batch.target_index.unique() if self.frequency is not None or self.bank is not None else None
         if self.frequency is not None:
             self.frequency.update(batch.unique_ids[targets])
-        loss = self._of(query, item_emb, batch, temperature)
+        loss = self.of_targets(query, item_emb, batch, None, temperature)
         if self.bank is not None:
             self.bank.update(batch.unique_ids[targets], item_emb[targets])
         return loss
 
-    def of_targets(self, query: Tensor, item_emb: Tensor, batch: Batch, targets: Tensor, temperature: Tensor | None = None) -> Tensor:
-        """The mean over some targets (n,) int64 of the batch alone, with the candidates of the whole; the state stays as it is."""
-        return self._of(query, item_emb, batch, temperature, targets)
-
-    def _of(self, query: Tensor, item_emb: Tensor, batch: Batch, temperature: Tensor | None, targets: Tensor | None = None) -> Tensor:
+    def of_targets(
+        self, query: Tensor, item_emb: Tensor, batch: Batch, targets: Tensor | None, temperature: Tensor | None = None
+    ) -> Tensor:
+        """The mean over some targets (n,) int64 of the batch alone (None: all), with the candidates of the whole; no state changes."""
         config, num_targets = self.config, query.shape[0]
         part = (lambda column: column) if targets is None else (lambda column: column.index_select(0, targets))
         query, target_index = part(query), part(batch.target_index)
@@ -85,24 +82,24 @@ class TrainingLoss:
             **options,
         )
 
-    def _bank(self, batch: Batch, num_tokens: int) -> MoreCandidates | None:
+    def _bank(self, batch: Batch, num_targets: int) -> MoreCandidates | None:
         if self.bank is None:
             return None
         items, vectors = self.bank.others(batch.unique_ids)
-        return MoreCandidates(vectors, self._log_q(items, num_tokens)) if len(items) else None
+        return MoreCandidates(vectors, self._log_q(items, num_targets)) if len(items) else None
 
-    def _log_q(self, items: Tensor, num_tokens: int) -> Tensor | None:
+    def _log_q(self, items: Tensor, num_targets: int) -> Tensor | None:
         """Logarithm of how often each item (M,) is to be expected among the candidates of a step; None without logq."""
         config = self.config
         if not config.logq:
             return None
-        num_in_batch = min(num_tokens, config.max_in_batch or num_tokens)
+        num_in_batch = min(num_targets, config.max_in_batch or num_targets)
         # Only in-batch negatives with the bank: it repeats the last batches' targets.
-        batches = (num_in_batch / num_tokens if config.in_batch_negatives else 0.0) + (0.0 if self.bank is None else self.bank.num_batches)
+        batches = (num_in_batch / num_targets if config.in_batch_negatives else 0.0) + (0.0 if self.bank is None else self.bank.num_batches)
         popular = 0.0 if self.popular_share is None else self.popular_share[items] * config.popularity_negatives
         if self.frequency is not None:
             return log_expected_count(self.frequency.expected_draws(items), batches, config.num_negatives, self.num_items, others=popular)
-        return log_expected_count(self.item_share[items], batches * num_tokens, config.num_negatives, self.num_items, others=popular)
+        return log_expected_count(self.item_share[items], batches * num_targets, config.num_negatives, self.num_items, others=popular)
 
     def state_dict(self) -> dict:
         parts = {"frequency": self.frequency, "bank": self.bank}
