@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -21,15 +22,16 @@ class Browser:
     """One page of one browser. `complaints` and `requests` gather what the console and the network saw since the last `open`."""
 
     def __enter__(self):
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = tempfile.mkdtemp()
         to_browser, our_end = os.pipe()
         from_browser, their_end = os.pipe()
 
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions"]
-        flags += ["--remote-debugging-pipe", "--disable-background-networking", f"--user-data-dir={self._folder.name}"]
+        flags += ["--remote-debugging-pipe", "--disable-background-networking", f"--user-data-dir={self._folder}"]
         # The protocol's pipe is descriptors 3 and 4 there; the shell puts ours in their place.
         hand_over = ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{their_end}', "bash", find_browser(), *flags, "about:blank"]
-        self._process = subprocess.Popen(hand_over, pass_fds=(to_browser, their_end), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        self._process = subprocess.Popen(hand_over, pass_fds=(to_browser, their_end), **quiet)
         os.close(to_browser)
         os.close(their_end)
         self._out, self._in = os.fdopen(our_end, "wb", buffering=0), os.fdopen(from_browser, "rb", buffering=0)
@@ -41,11 +43,15 @@ class Browser:
         return self
 
     def __exit__(self, *_):
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(10)
         self._out.close()
         self._in.close()
-        self._folder.cleanup()
+        # The browser's own children are not ours to wait for: one that is still dying may yet write into the folder.
+        deadline = time.monotonic() + 10
+        while os.path.exists(self._folder) and time.monotonic() < deadline:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            time.sleep(0.02)
 
     def call(self, method, **params):
         """The result of a command of the DevTools protocol."""
