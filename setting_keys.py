@@ -10,6 +10,7 @@ import math
 import numbers
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,7 @@ class Key:
             if not (all(map(self._fits, result)) if isinstance(result, tuple) else self._fits(result)):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            close = nearest(str(value), choices, cutoff=0.7)
+            close = None if isinstance(value, (list, tuple, dict)) else nearest(str(value)[:200], choices, cutoff=0.7)
             raise Unfit(f"is {show(value)}; expected {expected}{f' (did you mean {close}?)' if close else ''}.") from None
         return result
 
@@ -171,10 +172,16 @@ class Key:
                 and (self.maximum is None or value <= self.maximum) and (self.below is None or value < self.below))  # fmt: skip
 
 
+# Aliases of YAML can make nine lines stand for 9^9 values: a plain repr() of them took 28 s and 2 GB.
+_BOUNDED = reprlib.Repr()
+_BOUNDED.maxlevel, _BOUNDED.maxlist, _BOUNDED.maxdict, _BOUNDED.maxstring, _BOUNDED.maxother, _BOUNDED.maxlong = 3, 20, 20, 200, 200, 200
+
+
 def show(value: object) -> str:
+    """A value in a message, 60 characters at most."""
     if value is None or isinstance(value, bool):
         return {None: "empty (null)", True: "true", False: "false"}[value]
-    text = repr(list(value) if isinstance(value, tuple) else value)
+    text = _BOUNDED.repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

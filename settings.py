@@ -126,6 +126,7 @@ def read_yaml(path: Path, where: str) -> Rows:
         node = loader.get_single_node()
         if isinstance(node, yaml.MappingNode):
             return _rows(loader, node, depth=2)
+        found = None if node is None else loader.construct_document(node)
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}.") from None
     except yaml.MarkedYAMLError as error:
@@ -133,8 +134,8 @@ def read_yaml(path: Path, where: str) -> Rows:
         raise UserError(f"{where}{line}: not readable as YAML: {error.problem or error.context}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: not readable as YAML: {str(error).splitlines()[0]}.") from None
-    if node is not None and node.tag != "tag:yaml.org,2002:null":
-        raise UserError(f"{where}:{node.start_mark.line + 1}: expected groups of settings ({', '.join(GROUPS)}), found {show(node.value)}.")
+    if found is not None:
+        raise UserError(f"{where}:{node.start_mark.line + 1}: expected groups of settings ({', '.join(GROUPS)}), found {show(found)}.")
     return Rows()
 
 
