@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_bias import AttentionBias, Pairs
 from experts import Experts
-from layers import CausalSelfAttention, Dropout, FeedForward, Packing, is_exporting, make_norm, rotary, rotate
+from layers import CausalSelfAttention, Dropout, FeedForward, Packing, Queries, is_exporting, linear_rows, make_norm, rotary, rotate
 from parallel import replayed
 
 POINTWISE_USERS = 64  # users whose pointwise attention is held at once where no gradient is wanted
@@ -26,10 +26,15 @@ class Sequence(NamedTuple):
     packing: Packing
     cos_sin: tuple[Tensor, Tensor] | None  # rotary positions
     pairs: Pairs | None  # for biases of distance and time
+    queries: Queries | None = None  # the tokens whose results are wanted; None = all
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """(N, D) -> (Q, D), the wanted rows."""
+        return x if self.queries is None else x.index_select(0, self.queries.tokens)
 
 
 class _Block(nn.Module):
-    """What blocks share. A block maps (N, D) and a Sequence to (N, D) and its experts' balance, None without experts."""
+    """What blocks share. A block maps (N, D) and a Sequence to the wanted (Q, D) and its experts' balance, None without experts."""
 
     def __init__(self, config, mixer: nn.Module, feed_forward: nn.Module | None) -> None:
         super().__init__()
@@ -65,11 +70,11 @@ class TransformerBlock(_Block):
 
     def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None]:
         mixed = self._mix(self.attention_norm(x) if self.norm_first else x, sequence)
-        x = x + self.dropout(mixed)
+        x = sequence.wanted(x) + self.dropout(mixed)
         return self._fed_forward(x if self.norm_first else self.attention_norm(x))
 
     def _mix(self, x: Tensor, sequence: Sequence) -> Tensor:
-        return self.attention(x, sequence.packing, sequence.cos_sin, self._scores_bias(sequence))
+        return self.attention(x, sequence.packing, sequence.cos_sin, self._scores_bias(sequence), sequence.queries)
 
 
 class PointwiseAttention(nn.Module):
@@ -91,16 +96,27 @@ class PointwiseAttention(nn.Module):
 
     def forward(self, x: Tensor, sequence: Sequence, bias: Tensor | None) -> Tensor:
         """x: (N, D). bias: as in CausalSelfAttention."""
-        gate, *parts = F.silu(self.uvqk(x)).chunk(4, dim=-1)
+        if sequence.queries is None:
+            gate, *parts = F.silu(self.uvqk(x)).chunk(4, dim=-1)
+        else:
+            rows = sequence.wanted(x)
+            gate, value, query, key = (F.silu(linear_rows(self.uvqk, rows if i in (0, 2) else x, i, i + 1)) for i in range(4))
+            parts = value, query, key
         return self.out(self.dropout(self.norm(self._attend(*parts, sequence, bias)) * gate))
 
     def _attend(self, value: Tensor, query: Tensor, key: Tensor, sequence: Sequence, bias: Tensor | None) -> Tensor:
-        """(N, D) each -> (N, D)."""
-        packing = sequence.packing
-        grid = packing.pad(torch.cat((value, query, key), dim=1))  # (B, T, 3 D)
-        value, query, key = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in grid.chunk(3, dim=-1))
+        """value, key: (N, D); query: (Q, D) -> (Q, D)."""
+        packing, places = sequence.packing, None
+        if sequence.queries is None:
+            grid = packing.pad(torch.cat((value, query, key), dim=1)).chunk(3, dim=-1)  # (B, T, D) each
+        else:
+            value, key = packing.pad(torch.cat((value, key), dim=1)).chunk(2, dim=-1)
+            places, bias = sequence.queries.places(), sequence.queries.rows(bias, packing.max_length)
+            packing = sequence.queries.packing
+            grid = value, packing.pad(query), key
+        value, query, key = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in grid)
         if sequence.cos_sin is not None:
-            query, key = rotate(query, sequence.cos_sin), rotate(key, sequence.cos_sin)
+            query, key = rotate(query, sequence.cos_sin, places), rotate(key, sequence.cos_sin)
         if torch.is_grad_enabled() or is_exporting():  # torch.export knows no number of users to loop over
             mixed = self._pointwise(query, key, value, bias)
         else:
@@ -116,12 +132,14 @@ class PointwiseAttention(nn.Module):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _pointwise(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, H, T, D / H) each."""
+        """query: (B, H, L, D / H); key, value: (B, H, T, D / H). bias: (1 or B, 1 or H, L, T); None = causal, L = T."""
         scores = query @ key.transpose(-1, -2)
         if bias is not None:  # -inf where the query comes first, whose SiLU is not a number
             scores = scores + bias.clamp(min=-1e4).to(scores.dtype)
-        weights = F.silu(scores).tril() / self.max_tokens
-        return self.attention_dropout(weights) @ value
+        weights = F.silu(scores)
+        if bias is None:
+            weights = weights.tril()
+        return self.attention_dropout(weights / self.max_tokens) @ value
 
 
 class HSTUBlock(_Block):
@@ -131,7 +149,7 @@ class HSTUBlock(_Block):
         super().__init__(config, PointwiseAttention(config), None)
 
     def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None]:
-        x = x + self.attention(self.attention_norm(x), sequence, self._scores_bias(sequence))
+        x = sequence.wanted(x) + self.attention(self.attention_norm(x), sequence, self._scores_bias(sequence))
         return (x, None) if self.feed_forward is None else self._fed_forward(x)
 
 
@@ -147,12 +165,18 @@ class Backbone(nn.Module):
         self.has_experts = config.num_experts > 0
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, packing: Packing, timestamps: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: (N, D); timestamps: (N,) seconds. Result: (N, D), and the mean balance of the blocks' experts (a scalar; None without)."""
+    def forward(self, x: Tensor, packing: Packing, timestamps: Tensor, queries: Queries | None = None) -> tuple[Tensor, Tensor | None]:
+        """x: (N, D); timestamps: (N,) seconds. Result: (Q, D) of `queries` (None = all N), and the mean balance of the blocks' experts (a
+        scalar; None without).
+
+        The last block computes keys and values for every token, and the rest for the queries alone.
+        """
         cos_sin = rotary(packing.max_length, self.rotary_width, x.device) if self.rotary_width else None
         sequence = Sequence(packing, cos_sin, Pairs(packing, timestamps, self.time_bias) if self.biased else None)
         balances = []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, 1):
+            if number == len(self.blocks):
+                sequence = sequence._replace(queries=queries)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # The second forward repeats the dropout: checkpoint keeps torch's default generator, `replayed` a piece's own.
                 x, balance = checkpoint(block, x, sequence, use_reentrant=False, context_fn=replayed)

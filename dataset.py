@@ -3,8 +3,8 @@
 Knows nothing of torch.nn, of feature values or of models. Every random choice is a function of counters
 (seed, epoch, sample, position, draw), so that any number of workers gives the same batches.
 
-Legend: B users of a batch, N tokens of all its users (packed, no padding), M unique items, K negatives a token,
-C shared candidates. A user's tokens are: the user token, then the events of the window, oldest first.
+Legend: B users of a batch, N tokens of all its users (packed, no padding), Q of them query tokens, M unique items, K negatives
+a query token, C shared candidates. A user's tokens are: the user token, then the events of the window, oldest first.
 """
 
 from __future__ import annotations
@@ -110,17 +110,18 @@ class Batch(NamedTuple):
     item_index: torch.Tensor  # (N,) the input item as index into unique_ids; 0 at user tokens
     action_types: torch.Tensor  # (N,) action of the input event + 1; 0 at user tokens
     timestamps: torch.Tensor  # (N,) seconds; 0 at user tokens
-    target_tokens: torch.Tensor  # (T,) tokens that predict a target; (0,) = all N of them, and in evaluation
-    target_index: torch.Tensor  # (T,) next item as index into unique_ids; (0,) in evaluation
-    target_actions: torch.Tensor  # (T,) action type of the target event, 0..2; (0,) in evaluation
-    negative_index: torch.Tensor  # (T, K) negatives of each target as index into unique_ids; empty unless drawn for each
+    query_tokens: torch.Tensor  # (Q,) tokens whose queries are wanted, the last ones of each user; (0,) = all N
+    target_index: torch.Tensor  # (Q,) next item as index into unique_ids; (0,) in evaluation
+    target_actions: torch.Tensor  # (Q,) action type of the target event, 0..2; (0,) in evaluation
+    negative_index: torch.Tensor  # (Q, K) negatives of each target as index into unique_ids; empty unless drawn for each
     candidate_index: torch.Tensor  # (C,) shared candidates as index into unique_ids; (0,) unless shared
     unique_ids: torch.Tensor  # (M,) item ids ascending; unique_ids[0] = 0, the padding item
     max_length: int  # tokens of the longest user, known on the host so that no device has to be asked
+    max_queries: int  # query tokens of the user with most of them, likewise
 
-    def predicting(self) -> torch.Tensor:
-        """(T,) int64 tokens that predict a target, of a training batch."""
-        return self.target_tokens if self.target_tokens.numel() else torch.arange(len(self.owner), device=self.owner.device)
+    def querying(self) -> torch.Tensor:
+        """(Q,) int64 tokens whose queries are wanted: in training each predicts a target, in evaluation they are the users' last."""
+        return self.query_tokens if self.query_tokens.numel() else torch.arange(len(self.owner), device=self.owner.device)
 
 
 class NegativeSampling(NamedTuple):
@@ -245,16 +246,19 @@ def _at(tokens: _Tokens, index: np.ndarray) -> _Tokens:
     return _Tokens(*(column[index] for column in tokens)) if len(index) else tokens
 
 
-def _batch(users: np.ndarray, lengths: np.ndarray, unique: np.ndarray, tokens: _Tokens, **training: np.ndarray) -> Batch:
-    """A batch from numpy columns; what only training has is empty without it."""
+def _batch(
+    users: np.ndarray, lengths: np.ndarray, unique: np.ndarray, tokens: _Tokens, queries: np.ndarray, **training: np.ndarray
+) -> Batch:
+    """A batch from numpy columns; what only training has is empty without it. queries: (Q,) the query tokens; (0,) = all."""
     nothing = np.zeros(0, dtype=np.int64)
-    columns = {name: nothing for name in ("target_tokens", "target_index", "target_actions", "candidate_index")}
+    columns = {name: nothing for name in ("target_index", "target_actions", "candidate_index")} | {"query_tokens": queries}
     columns |= {"negative_index": nothing.reshape(0, 0)} | training
     columns |= {"users": users, "lengths": lengths, "owner": tokens.owner, "positions": tokens.positions, "unique_ids": unique}
     columns |= {"item_index": tokens.items, "action_types": tokens.actions, "timestamps": tokens.times}
-    return Batch(
-        **{name: torch.from_numpy(column.astype(np.int64, copy=False)) for name, column in columns.items()}, max_length=int(lengths.max())
-    )
+    tensors = {name: torch.from_numpy(column.astype(np.int64, copy=False)) for name, column in columns.items()}
+    longest = int(lengths.max())
+    most = int((lengths[tokens.owner[queries]] - tokens.positions[queries]).max()) if len(queries) else longest
+    return Batch(**tensors, max_length=longest, max_queries=most)
 
 
 def _owner_and_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -340,18 +344,18 @@ class BatchBuilder:
         """
         split = self.split.take(samples)
         lengths, tokens, targets = _window(self.store, split, self.max_seq_length + 1)
-        events, predicting = ragged_places(split.end - lengths, lengths), np.zeros(0, dtype=np.int64)
+        events, querying = ragged_places(split.end - lengths, lengths), np.zeros(0, dtype=np.int64)
         if split.target[0] >= 0:
-            predicting = np.flatnonzero(events >= np.repeat(split.target, lengths))
-            events, targets = events[predicting], targets[predicting]
-        negatives, shared = self._draw_negatives(split, samples, _at(tokens, predicting), targets, epoch, step)
+            querying = np.flatnonzero(events >= np.repeat(split.target, lengths))
+            events, targets = events[querying], targets[querying]
+        negatives, shared = self._draw_negatives(split, samples, _at(tokens, querying), targets, epoch, step)
         if self.negatives is not None and self.negatives.kind == "all":
             unique = np.arange(self.store.num_items + 1, dtype=np.int64)
             target_index, candidates = targets, unique[1:]
         else:
             unique, (items, target_index, negatives, shared) = self._deduplicate(tokens.items, targets, negatives, shared)
             tokens, candidates = tokens._replace(items=items), np.unique(shared)
-        return _batch(split.users, lengths, unique, tokens, target_tokens=predicting, target_index=target_index,
+        return _batch(split.users, lengths, unique, tokens, querying, target_index=target_index,
                       target_actions=self.store.action_types[events], negative_index=negatives, candidate_index=candidates)  # fmt: skip
 
     def evaluation(self, samples: np.ndarray) -> Batch:
@@ -366,7 +370,7 @@ class BatchBuilder:
         actions[positions > 0] = store.action_types[events].astype(np.int64) + 1
         times[positions > 0] = store.timestamps[events]
         unique, (item_index,) = self._deduplicate(items)
-        return _batch(split.users, lengths, unique, _Tokens(owner, positions, item_index, actions, times))
+        return _batch(split.users, lengths, unique, _Tokens(owner, positions, item_index, actions, times), np.cumsum(lengths) - 1)
 
     def _draw_negatives(
         self, split: Split, samples: np.ndarray, tokens: _Tokens, targets: np.ndarray, epoch: int, step: int

@@ -154,7 +154,7 @@ class _Search:
     @staticmethod
     def _of_targets(batch: Batch, column: Tensor) -> Tensor:
         """From a column of the tokens (N,) to that of the targets (T,), on the CPU."""
-        return column[batch.predicting()].cpu()
+        return column[batch.querying()].cpu()
 
     def users_of_items(self, batch: Batch, items: Sequence[int]) -> list[str]:
         """Those with one of these unique items (places in unique_ids) among their events, as input or as target."""
@@ -226,7 +226,7 @@ class _Search:
                     what = f"{side} vectors of {self.items(batch, bad)}{self._first(modules)}"
                     return Finding(what, self.users_of_items(batch, bad), suspect.number)
             query, state, balance = self.model.encode_sequence(items.history, batch, features.users)
-            encoded = Encoded(query, items.candidate, state, balance).of_targets(batch)
+            encoded = Encoded(query, items.candidate, state, balance)
         for name, vectors in (("query", encoded.query), ("state", encoded.state)):
             if bad := _bad_rows(vectors):
                 return Finding(f"{name} of {self._tokens(batch, bad)}{self._first(modules)}", self.owners(batch, bad), suspect.number)
@@ -237,7 +237,7 @@ class _Search:
             return self._in_losses(suspect, batch, encoded)
 
     def _in_losses(self, suspect: Suspect, batch: Batch, encoded: Encoded) -> Finding | None:
-        owner = batch.owner[batch.predicting()]
+        owner = batch.owner[batch.querying()]
         every = torch.arange(len(owner), device=owner.device)
         for name, loss_of in self._losses(encoded, batch):
             if _finite(loss_of(every)):
@@ -328,7 +328,7 @@ class _Search:
 
         users: rows of the batch.
         """
-        owner = batch.owner[batch.predicting()]
+        owner = batch.owner[batch.querying()]
         targets = torch.isin(owner, users).nonzero()[:, 0]
         suspect.generators.put(self.update.device)
         self.model.table.pop_touched()

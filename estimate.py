@@ -404,8 +404,7 @@ def _follow_evaluation(trainer: Trainer, shadows: Footprint, loader: _Loader, sp
     built = loader.make(lambda: _evaluation_batch(trainer, split, longest))
     with loader.hold(shadows, tensor_bytes(built), -(-split.num_samples // config.eval.eval_batch_size)):
         batch, features = move(built, device)
-        every_query, _ = trainer.model(batch, features)
-        query = every_query.index_select(0, batch.lengths.cumsum(0) - 1)
+        query, _ = trainer.model(batch, features)
         with shadows.blocks(*ranking_bytes(len(ids), len(longest), catalogue.low is not None, device.type), device=device.type):
             pass
         ranker._target_losses(query, encoded, split.take(longest))

@@ -161,7 +161,7 @@ class Ranker:
             batch, features = move(built, self.device)
             asked = None if wanted is None else torch.from_numpy(wanted[samples]).to(self.device)
             query, _ = self.model(batch, features, asked)
-            yield samples, query.index_select(0, batch.lengths.cumsum(0) - 1)
+            yield samples, query
 
     @torch.inference_mode()
     def prepare(self) -> Prepared:

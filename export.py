@@ -25,7 +25,7 @@ from errors import RunError, UserError
 from dataset import Split
 from evaluate import ITEM_CHUNK, Ranker, move, wanted_actions
 from features import USER_ID, FeatureColumns
-from layers import Packing
+from layers import Packing, Queries
 from model import Recommender
 from schema import ACTION_NAMES, ANY_ACTION
 from serve import OtherUsers, Served, creative_ids
@@ -81,9 +81,10 @@ class UserEncoder(nn.Module):
         times = nn.functional.pad(torch.where(valid, timestamps, 0)[..., None], front)[..., 0]
         # Padding counts as tokens: it comes after the others, so no causal layer lets it act on them.
         packing = Packing(batch, tokens, torch.arange(batch * tokens, device=x.device), place.reshape(-1))
-        asked = wanted[:, None].expand(batch, tokens).reshape(-1)
-        query, *_ = self._encode_tokens(x.reshape(batch * tokens, -1), actions.reshape(-1), times.reshape(-1), packing, asked)
-        return query.view(batch, tokens, -1)[torch.arange(batch, device=x.device), lengths]
+        user = torch.arange(batch, device=x.device)
+        queries = Queries(user * tokens + lengths, Packing(batch, 1, user, lengths))
+        query, *_ = self._encode_tokens(x.reshape(batch * tokens, -1), actions.reshape(-1), times.reshape(-1), packing, wanted, queries)
+        return query
 
 
 def export(served: Served, out: Path) -> Path:

@@ -26,7 +26,7 @@ is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class Packing(NamedTuple):
-    """Where packed tokens lie in a right-padded (B, T) grid."""
+    """Where packed tokens lie in a padded (B, T) grid: in a right-padded one, but for `Queries`."""
 
     num_users: int
     max_length: int
@@ -36,17 +36,6 @@ class Packing(NamedTuple):
     @classmethod
     def from_batch(cls, batch) -> Packing:
         return cls(batch.lengths.shape[0], batch.max_length, batch.owner * batch.max_length + batch.positions, batch.positions)
-
-    @classmethod
-    def in_pieces(cls, batch) -> list[tuple[Piece, Packing]]:
-        """Users [begin, end) in pieces of about as many tokens each: the piece's tokens, and their packing."""
-        found = []
-        for users, tokens in user_pieces(batch.lengths):
-            positions, lengths = batch.positions[tokens.begin : tokens.end], batch.lengths[users.begin : users.end]
-            longest = int(lengths.max())
-            index = (batch.owner[tokens.begin : tokens.end] - users.begin) * longest + positions
-            found.append((tokens, cls(len(lengths), longest, index, positions)))
-        return found
 
     def pad(self, packed: Tensor) -> Tensor:
         """(N, D) -> (B, T, D), zeros in the padding."""
@@ -61,6 +50,64 @@ class Packing(NamedTuple):
         return flat if flat.shape[0] == self.index.shape[0] else flat.index_select(0, self.index)
 
 
+class Queries(NamedTuple):
+    """Tokens whose result is wanted, the last ones of each user: all that the last block has to give."""
+
+    tokens: Tensor  # (Q,) int64 which of the N
+    packing: Packing  # where they lie in a left-padded (B, L) grid; L: query tokens of the user with most
+
+    @classmethod
+    def from_batch(cls, batch) -> Queries | None:
+        """None where all are."""
+        if not batch.query_tokens.numel():
+            return None
+        owner, positions = batch.owner.index_select(0, batch.query_tokens), batch.positions.index_select(0, batch.query_tokens)
+        from_end = batch.lengths.index_select(0, owner) - positions  # 1: the user's last token
+        index = (owner + 1) * batch.max_queries - from_end
+        return cls(batch.query_tokens, Packing(batch.lengths.shape[0], batch.max_queries, index, positions))
+
+    def places(self) -> Tensor:
+        """(B, L) position of each query token; 0 in the padding."""
+        return self.packing.pad(self.packing.positions[:, None])[..., 0]
+
+    def rows(self, bias: Tensor | None, length: int) -> Tensor:
+        """Their rows of a bias (1 or B, H, T, T): (B, H, L, T); None = of the causal mask, (B, 1, L, T) float32. length: T."""
+        places = self.places()
+        if bias is None:
+            later = torch.arange(length, device=places.device) > places[..., None]
+            return torch.zeros(later.shape, device=places.device).masked_fill_(later, -torch.inf)[:, None]
+        shape = places.shape[0], bias.shape[1], places.shape[1], length
+        return bias.expand(shape[0], -1, -1, -1).gather(2, places[:, None, :, None].expand(shape))
+
+
+class PackedPiece(NamedTuple):
+    """Some of a batch's users."""
+
+    tokens: Piece  # theirs of the N
+    results: Piece  # theirs of the Q query tokens; `tokens` where all are
+    packing: Packing
+    queries: Queries | None
+
+
+def packed_pieces(batch) -> list[PackedPiece]:
+    """A batch's users in pieces of about as many tokens each."""
+    found = []
+    whole = Queries.from_batch(batch)
+    for users, tokens in user_pieces(batch.lengths):
+        positions, lengths = batch.positions[tokens.begin : tokens.end], batch.lengths[users.begin : users.end]
+        longest = int(lengths.max())
+        index = (batch.owner[tokens.begin : tokens.end] - users.begin) * longest + positions
+        packing = Packing(len(lengths), longest, index, positions)
+        results, queries = tokens, None
+        if whole is not None:
+            results = Piece(*torch.searchsorted(whole.tokens, torch.tensor(tokens)).tolist())
+            part, most = slice(*results), whole.packing.max_length
+            of_piece = Packing(len(lengths), most, whole.packing.index[part] - users.begin * most, whole.packing.positions[part])
+            queries = Queries(whole.tokens[part] - tokens.begin, of_piece)
+        found.append(PackedPiece(tokens, results, packing, queries))
+    return found
+
+
 def rotary(length: int, head_width: int, device: torch.device, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, head_width / 2) of rotary position embedding. Source: Su et al., RoFormer, 2021, equation 34."""
     frequency = base ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
@@ -68,9 +115,9 @@ def rotary(length: int, head_width: int, device: torch.device, base: float = 10_
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate pairs (i, i + width / 2) of x (B, H, T, width) by their positions' angles."""
-    cos, sin = (part.to(x.dtype) for part in cos_sin)
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor], places: Tensor | None = None) -> Tensor:
+    """Rotate pairs (i, i + width / 2) of x (B, H, T, width) by their positions' angles. places: (B, T) positions; None = 0 to T - 1."""
+    cos, sin = (part.to(x.dtype) if places is None else part.to(x.dtype)[places][:, None] for part in cos_sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -153,25 +200,51 @@ class CausalSelfAttention(nn.Module):
         self.qkv.fused = 3  # matrices in one: muon.py
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, packing: Packing, cos_sin: tuple[Tensor, Tensor] | None, bias: Tensor | None = None) -> Tensor:
-        """x: (N, D). bias: added to the scores, (1 or B, H, T, T) with -inf where the query comes first; None = causal, no bias."""
-        batch, length, width = packing.num_users, packing.max_length, x.shape[1]
-        grid = packing.pad(self.qkv(x))  # (B, T, 3 D)
-        # Three views: the gradients of one (3, B, H, T, D / H) tensor would be filled up with zeros, stacked and copied back.
-        query, key, value = (part.view(batch, length, self.num_heads, -1).transpose(1, 2) for part in grid.chunk(3, dim=-1))
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing,
+        cos_sin: tuple[Tensor, Tensor] | None,
+        bias: Tensor | None = None,
+        queries: Queries | None = None,
+    ) -> Tensor:
+        """x: (N, D); result: (N, D), of `queries` (Q, D).
+
+        bias: added to the scores, (1 or B, H, T, T) with -inf where the query comes first; None = causal, no bias.
+        """
+        if queries is None:
+            # Three views: the gradients of one (3, B, H, T, D / H) tensor would be filled up with zeros, stacked and copied back.
+            query, key, value = (self._heads(part) for part in packing.pad(self.qkv(x)).chunk(3, dim=-1))
+            places = None
+        else:
+            key, value = (self._heads(part) for part in packing.pad(linear_rows(self.qkv, x, 1, 3)).chunk(2, dim=-1))
+            query = self._heads(queries.packing.pad(linear_rows(self.qkv, x.index_select(0, queries.tokens), 0, 1)))
+            places, bias = queries.places(), queries.rows(bias, packing.max_length)
+            packing = queries.packing
         if cos_sin is not None:
-            query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+            query, key = rotate(query, cos_sin, places), rotate(key, cos_sin)
         dropout = self.attention_dropout if self.training else 0.0
         # On CPU in float32 even under autocast: torch's bfloat16 kernel takes four times as long backward there.
-        with torch.autocast("cpu", enabled=False) if grid.device.type == "cpu" else nullcontext():
-            if grid.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False) if x.device.type == "cpu" else nullcontext():
+            if x.device.type == "cpu":
                 query, key, value = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key, value))
-            mixed = attend(query, key, value, bias, dropout)  # (B, H, T, D / H)
-        return self.out(packing.pack(mixed.transpose(1, 2).reshape(batch, length, width)))
+            mixed = attend(query, key, value, bias, dropout)  # (B, H, T or L, D / H)
+        return self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))
+
+    def _heads(self, grid: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, D / H)."""
+        return grid.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def linear_rows(linear: nn.Linear, x: Tensor, begin: int, end: int) -> Tensor:
+    """Of a linear layer that is `linear.fused` ones in one, the results of those from begin to end: (N, D) -> (N, (end - begin) W)."""
+    width = linear.out_features // linear.fused
+    part = slice(begin * width, end * width)
+    return F.linear(x, linear.weight[part], None if linear.bias is None else linear.bias[part])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-    """Softmax attention, (B, H, T, D / H) each. bias: as in CausalSelfAttention."""
+    """Softmax attention: query (B, H, L, D / H), key and value (B, H, T, D / H). bias: (1 or B, 1 or H, L, T); None = causal, L = T."""
     if bias is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
     bias = bias.to(query.dtype)

@@ -2,7 +2,7 @@
 
 Opens no file, reads no environment, moves nothing between devices, computes no metric and no loss.
 
-Legend: B users, N packed tokens, M unique items, D width.
+Legend: B users, N packed tokens, Q of them query tokens, M unique items, D width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from backbones import BACKBONES
 from dataset import Batch
 from embedding import JointTable, RowProjection
 from features import ITEM_ID, Dense, FeatureInputs, SideInputs, TableLayout
-from layers import Dropout, Packing, gather_tokens, pick
+from layers import Dropout, Packing, Queries, gather_tokens, packed_pieces, pick
 from parallel import in_pieces, row_pieces
 from schema import ANY_ACTION, NUM_ACTION_TYPES
 from time_features import TimeFeatures
@@ -37,19 +37,12 @@ class ItemVectors(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A batch, encoded. T: the tokens that predict a target; in evaluation all N."""
+    """A batch, encoded."""
 
-    query: Tensor  # (T, D) float32; normalised where similarity is cosine
+    query: Tensor  # (Q, D) float32; normalised where similarity is cosine
     item_emb: Tensor  # (M, D) float32, candidate side; likewise
-    state: Tensor  # (T, D) the queries before the wanted action modulates them; `query` itself where it does not
+    state: Tensor  # (Q, D) the queries before the wanted action modulates them; `query` itself where it does not
     balance: Tensor | None  # how evenly the experts are used, a scalar, see experts.Experts; None without
-
-    def of_targets(self, batch: Batch) -> Encoded:
-        """From all tokens' queries and states (N, D) to those that predict a target."""
-        if not batch.target_tokens.numel():
-            return self
-        query = self.query.index_select(0, batch.target_tokens)
-        return self._replace(query=query, state=query if self.state is self.query else self.state.index_select(0, batch.target_tokens))
 
 
 class DenseProjection(nn.Module):
@@ -177,7 +170,7 @@ class Recommender(nn.Module):
     def encode_sequence(
         self, history: Tensor, batch: Batch, users: SideInputs, wanted: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Query vectors and states (N, D) each, float32, one a token, and the experts' balance: see Encoded.
+        """Query vectors and states (Q, D) each, float32, one a query token, and the experts' balance: see Encoded.
 
         history: (M, D) vectors of the batch's unique items. wanted: (B,) int64 action that is asked for of each user's next event; None =
         in a training batch the target's, else ANY_ACTION.
@@ -193,16 +186,18 @@ class Recommender(nn.Module):
             x = x * (~hidden | (batch.positions == 0))[:, None]
         actions = self._wanted_actions(batch, wanted)
         if x.is_cuda or not torch.is_grad_enabled():
-            return self._parts_of(self._encode_tokens(x, batch.action_types, batch.timestamps, Packing.from_batch(batch), actions))
-        pieces = Packing.in_pieces(batch)
+            packing, queries = Packing.from_batch(batch), Queries.from_batch(batch)
+            return self._parts_of(self._encode_tokens(x, batch.action_types, batch.timestamps, packing, actions, queries))
+        pieces = packed_pieces(batch)
 
         def body(number: int, x: Tensor) -> tuple[Tensor, ...]:
-            tokens, packing = pieces[number]
-            part = slice(tokens.begin, tokens.end)
-            of_piece = None if actions is None else actions[part]
-            return self._encode_tokens(x, batch.action_types[part], batch.timestamps[part], packing, of_piece)
+            piece = pieces[number]
+            part, results = slice(*piece.tokens), slice(*piece.results)
+            of_piece = None if actions is None else actions[results]
+            return self._encode_tokens(x, batch.action_types[part], batch.timestamps[part], piece.packing, of_piece, piece.queries)
 
-        return self._parts_of(in_pieces(body, [tokens for tokens, _ in pieces], (x,), self._sequence_parameters()))
+        tokens, results = [piece.tokens for piece in pieces], [piece.results for piece in pieces]
+        return self._parts_of(in_pieces(body, tokens, (x,), self._sequence_parameters(), results))
 
     def _parts_of(self, encoded: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Query, state and balance of what `_encode_tokens` gives."""
@@ -210,17 +205,14 @@ class Recommender(nn.Module):
         return rest[0], rest[-1], None if balance is None else balance.mean()
 
     def _wanted_actions(self, batch: Batch, wanted: Tensor | None) -> Tensor | None:
-        """(N,) the action that each token's query is asked for; None without conditioning."""
+        """(Q,) the action that each query is asked for; None without conditioning."""
         if self.conditioning is None:
             return None
         if wanted is not None:
-            return wanted.index_select(0, batch.owner)
+            return wanted.index_select(0, batch.owner.index_select(0, batch.querying()))
         if not batch.target_actions.numel():
-            return torch.full_like(batch.owner, ANY_ACTION)
-        known = wanted_in_training(batch.target_actions, self.config.action_dropout if self.training else 0.0)
-        if not batch.target_tokens.numel():
-            return known
-        return torch.full_like(batch.owner, ANY_ACTION).index_copy_(0, batch.target_tokens, known)
+            return torch.full_like(batch.querying(), ANY_ACTION)
+        return wanted_in_training(batch.target_actions, self.config.action_dropout if self.training else 0.0)
 
     def _sequence_parameters(self) -> list[nn.Parameter]:
         """All that `_encode_tokens` uses."""
@@ -228,11 +220,11 @@ class Recommender(nn.Module):
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
     def _encode_tokens(
-        self, x: Tensor, action_types: Tensor, timestamps: Tensor, packing: Packing, wanted: Tensor | None
+        self, x: Tensor, action_types: Tensor, timestamps: Tensor, packing: Packing, wanted: Tensor | None, queries: Queries | None
     ) -> tuple[Tensor, ...]:
-        """Vectors of items and users (N, D) to queries (N, D), then, where there are any: states (N, D), the piece's balance (N,).
+        """Vectors of items and users (N, D) to queries (Q, D), then, where there are any: states (Q, D), the piece's balance (Q,).
 
-        wanted: (N,) actions.
+        wanted: (Q,) actions. queries: None = all N.
         """
         if self.actions is not None:
             x = x + pick(self.actions, action_types)
@@ -241,15 +233,15 @@ class Recommender(nn.Module):
         if self.time is not None:
             x = x + self.time(timestamps, packing.positions)
         x = self.dropout(self.embedding_norm(x))
-        state, balance = self.backbone(x, packing, timestamps)
+        state, balance = self.backbone(x, packing, timestamps, queries)
         found = [state.float()]
         if self.conditioning is not None:
             found.insert(0, self.conditioning(found[0], wanted))
         if self.action_head is None:
             del found[1:]
         found = [self._normalised(vectors) for vectors in found]
-        if balance is not None:  # a row a token, so that the pieces' mean weighs them by their tokens
-            found.append(balance.expand(x.shape[0]))  # not len(x): torch.export would take it for a constant
+        if balance is not None:  # a row a query, so that the pieces' mean weighs them by these
+            found.append(balance.expand(state.shape[0]))  # not len(state): torch.export would take it for a constant
         return tuple(found)
 
     def _normalised(self, query: Tensor) -> Tensor:
@@ -259,8 +251,8 @@ class Recommender(nn.Module):
         """All that a loss takes of a batch. wanted: as in `encode_sequence`."""
         items = self.encode_items(features.items)
         query, state, balance = self.encode_sequence(items.history, batch, features.users, wanted)
-        return Encoded(query, items.candidate, state, balance).of_targets(batch)
+        return Encoded(query, items.candidate, state, balance)
 
     def forward(self, batch: Batch, features: FeatureInputs, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Query vectors (T, D) and candidate vectors (M, D) of a batch."""
+        """Query vectors (Q, D) and candidate vectors (M, D) of a batch."""
         return self.encode(batch, features, wanted)[:2]

@@ -176,23 +176,23 @@ class _Pieces(torch.autograd.Function):
     """body(piece number, x[piece], *more) for each piece, with a graph of its own each."""
 
     @staticmethod
-    def forward(ctx, body, pieces, num_inputs, *tensors):
+    def forward(ctx, body, pieces, out_pieces, num_inputs, *tensors):
         inputs, parameters = tensors[:num_inputs], tensors[num_inputs:]
         seed = int(torch.empty((), dtype=torch.int64).random_())
-        results = _Rows(pieces[-1].end)
+        results = _Rows(out_pieces[-1].end)
 
-        def job(number: int, piece: Piece):
+        def job(number: int, piece: Piece, out_piece: Piece):
             def work():
                 with _with_generator(torch.Generator().manual_seed((seed + number) % 2**63)), torch.enable_grad():
                     leaves = [x[piece.begin : piece.end].detach().requires_grad_(x.requires_grad) for x in inputs]
                     outs = body(number, *leaves)
-                results.put(piece, [out.detach() for out in outs])
+                results.put(out_piece, [out.detach() for out in outs])
                 return leaves, outs
 
             return work
 
-        ctx.graphs = run([job(*numbered) for numbered in enumerate(pieces)])
-        ctx.pieces, ctx.parameters = pieces, parameters
+        ctx.graphs = run([job(number, *both) for number, both in enumerate(zip(pieces, out_pieces))])
+        ctx.pieces, ctx.out_pieces, ctx.parameters = pieces, out_pieces, parameters
         ctx.need = [x.requires_grad for x in inputs]
         return tuple(results.columns)
 
@@ -203,20 +203,20 @@ class _Pieces(torch.autograd.Function):
         parameters = [p for p in ctx.parameters if p.requires_grad]
         results = _Rows(ctx.pieces[-1].end)
 
-        def job(piece: Piece, leaves: list[Tensor], outs: tuple[Tensor, ...]):
+        def job(piece: Piece, out_piece: Piece, leaves: list[Tensor], outs: tuple[Tensor, ...]):
             wanted = [x for x in leaves if x.requires_grad]
 
             def work():
-                of_piece = [grad[piece.begin : piece.end] for grad in grads]
+                of_piece = [grad[out_piece.begin : out_piece.end] for grad in grads]
                 found = torch.autograd.grad(outs, wanted + parameters, of_piece, allow_unused=True)
                 results.put(piece, found[: len(wanted)])
                 return found[len(wanted) :]
 
             return work
 
-        columns = zip(*run([job(piece, *graph) for piece, graph in zip(ctx.pieces, graphs)]))
+        columns = zip(*run([job(*both, *graph) for *both, graph in zip(ctx.pieces, ctx.out_pieces, graphs)]))
         inputs, sums = iter(results.columns), map(_sum, columns)
-        return (None, None, None, *(next(inputs) if need else None for need in ctx.need),
+        return (None, None, None, None, *(next(inputs) if need else None for need in ctx.need),
                 *(next(sums) if p.requires_grad else None for p in ctx.parameters))  # fmt: skip
 
 
@@ -229,11 +229,15 @@ def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def in_pieces(
-    body: Callable[..., tuple[Tensor, ...]], pieces: Sequence[Piece], inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+    body: Callable[..., tuple[Tensor, ...]],
+    pieces: Sequence[Piece],
+    inputs: Sequence[Tensor],
+    parameters: Sequence[nn.Parameter],
+    out_pieces: Sequence[Piece] | None = None,
 ) -> tuple[Tensor, ...]:
     """torch.cat of body(number, *(x[piece] for x in inputs)), result by result, over the pieces, side by side within `cores`.
 
-    inputs: (N, ...) each; each of body's results has a row for each of the piece's. parameters: all that body uses and that wants a
-    gradient.
+    inputs: (N, ...) each. parameters: all that body uses and that wants a gradient. out_pieces: the rows of the results that each piece
+    gives; None = as many as it is given.
     """
-    return _Pieces.apply(body, tuple(pieces), len(inputs), *inputs, *parameters)
+    return _Pieces.apply(body, tuple(pieces), tuple(out_pieces or pieces), len(inputs), *inputs, *parameters)

@@ -114,7 +114,7 @@ class TrainingLoss:
 def _seen_by_user(batch: Batch, first: int) -> Hidden:
     """Each user's inputs and targets of this batch; `first`: the place in unique_ids of the first row that the loss is given."""
     inputs = batch.positions > 0  # the user token is no item
-    tokens = batch.predicting()
+    tokens = batch.querying()
     owner = batch.owner[tokens]
     ends = (batch.lengths - 1 + torch.bincount(owner, minlength=len(batch.lengths))).cumsum(0)
     offsets = torch.cat((ends.new_zeros(1), ends))

@@ -156,8 +156,8 @@ def creatives(trainer, ids: list[int]) -> str:
 
 def whole_message(trainer, batch, number: int, named: str) -> str:
     """The second line of a message of CASES: what is named, of which batch (from 0), and whose it is."""
-    ids, store, place = batch.unique_ids.tolist(), trainer.store, int(batch.positions[batch.predicting()[0]])
-    of = batch.owner[batch.predicting()]
+    ids, store, place = batch.unique_ids.tolist(), trainer.store, int(batch.positions[batch.querying()[0]])
+    of = batch.owner[batch.querying()]
     events = [{i for i in (ids[k] for k in (*batch.item_index[batch.owner == u], *batch.target_index[of == u])) if i}
               for u in range(len(batch.users))]  # fmt: skip
     row = next(i for i in ids if i)

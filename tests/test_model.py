@@ -26,8 +26,10 @@ def make(store=None, action_head=False, **settings):
 
 
 def run(store, model, columns, samples, training=False, max_seq_length=10):
+    """A batch with the queries of all its tokens."""
     builder = BatchBuilder(store, predict_split(store), max_seq_length)
     batch = builder.training(np.array(samples), 0, 0) if training else builder.evaluation(np.array(samples))
+    batch = batch._replace(query_tokens=batch.query_tokens[:0], max_queries=batch.max_length)
     return batch, *model(batch, columns.gather(batch.unique_ids.numpy(), batch.users.numpy(), transposed=training))
 
 
@@ -102,6 +104,34 @@ def test_causality(settings):
     _, after, _ = run(store, model, columns, [0])
     torch.testing.assert_close(before[:-1], after[:-1])
     assert not torch.allclose(before[-1], after[-1])
+
+
+@pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_queries_of_the_last_tokens_are_those_of_all(settings, most):
+    # What the last block leaves out changes nothing; users have fewer query tokens than the grid has places, and one has a single token.
+    store, model, columns = make(**settings)
+    split = predict_split(store)
+    split = split._replace(begin=np.where(np.arange(12) == 4, split.end, split.begin))
+    batch = BatchBuilder(store, split, 10).evaluation(np.arange(12))
+    features = columns.gather(batch.unique_ids.numpy(), batch.users.numpy(), transposed=True)
+    from_end = batch.lengths[batch.owner] - batch.positions
+    tokens = (from_end <= 1 + batch.owner % most).nonzero()[:, 0]
+    assert most > 1 or torch.equal(tokens, batch.query_tokens)
+    some = batch._replace(query_tokens=tokens, max_queries=most)
+    every = batch._replace(query_tokens=tokens[:0], max_queries=batch.max_length)
+    expected = model(every, features)[0].index_select(0, tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(model(some, features)[0], expected, atol=1e-5, rtol=1e-4)
+    found = model(some, features)[0]  # in pieces
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    weights = torch.randn(found.shape)
+    parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith(("table", "action_head"))]
+    grads = [torch.autograd.grad((query * weights).sum(), parameters, allow_unused=True) for query in (found, expected)]
+    assert sum(grad is not None for grad in grads[0]) > 10
+    for parameter, one, other in zip(parameters, *grads):
+        one, other = (torch.zeros_like(parameter) if grad is None else grad for grad in (one, other))
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_training_and_evaluation_agree():

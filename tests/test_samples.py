@@ -35,7 +35,7 @@ def test_samples_of_two_targets_by_hand():
     assert (samples.end - samples.begin).tolist() == short.lengths().tolist() == [1, 3, 1, 2, 4, 6]
     assert store.item_ids[samples.target].tolist() == [7, 8, 3, 4, 5, 7]  # the first target of each; user 2's first event is none
     batch = BatchBuilder(store, short, 4, negatives=NegativeSampling("position", 2)).training(np.array([3, 5, 0]), 0, 0)
-    assert batch.unique_ids[batch.target_index].tolist() == [4, 7, 1, 7] and batch.target_tokens.tolist() == [1, 5, 6, 7]
+    assert batch.unique_ids[batch.target_index].tolist() == [4, 7, 1, 7] and batch.query_tokens.tolist() == [1, 5, 6, 7]
     assert batch.lengths.tolist() == [2, 5, 1] and batch.negative_index.shape == (4, 2)
 
 
@@ -45,7 +45,7 @@ def test_a_batch_by_hand():
         batch = BatchBuilder(store, short, 3, negatives=NegativeSampling(kind, negatives)).training(np.array([7, 1, 3]), 0, 0)
         inputs, targets = batch.unique_ids[batch.item_index], batch.unique_ids[batch.target_index]
         assert batch.lengths.tolist() == [4, 2, 1] and inputs.tolist() == [0, 5, 6, 7, 0, 7, 0]
-        assert batch.target_tokens.tolist() == [3, 5, 6] and targets.tolist() == [1, 8, 3]
+        assert batch.query_tokens.tolist() == [3, 5, 6] and targets.tolist() == [1, 8, 3]
         assert batch.target_actions.tolist() == store.action_types[[9, 1, 3]].tolist()
         assert batch.negative_index.shape == ((3, 3) if kind == "position" else (3, 0))
     taken = batch.unique_ids[batch.candidate_index].tolist()
@@ -121,7 +121,7 @@ def test_seen_by_user_against_a_loop(size):
     store = tiny_store(num_users=12, num_items=20)
     train = make_splits(store, protocol="leave_one_out", holdout_fraction=0.3, target="last", seed=1).train
     batch = BatchBuilder(store, ShortSamples(train, 6, size), 5, 1).training(np.arange(9), 0, 0)
-    found, owner = _seen_by_user(batch, 1), batch.owner[batch.target_tokens]
+    found, owner = _seen_by_user(batch, 1), batch.owner[batch.query_tokens]
     for user in range(9):
         mine = (batch.owner == user) & (batch.positions > 0)
         items = {*batch.item_index[mine].tolist(), *batch.target_index[owner == user].tolist()}
