@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from atomic import TEMPORARY, fsync_folder, or_disk_full, unused
-from checkpoint_meta import fault
+from checkpoint_meta import SHAPE as META_SHAPE
 from errors import ForeignFormatError, RunError, UserError
+from shapes import fault
 
 FORMAT_VERSION = 2
 MODEL, TRAINER, META = "model.pt", "trainer.pt", "meta.json"
@@ -181,7 +182,7 @@ def save_checkpoint(
         loss = _known_loss(root, step, files[MODEL]) if valid_loss is None else float(valid_loss)
         final = root / checkpoint_name(step, loss)
         sealed = dict(meta) | {"format_version": FORMAT_VERSION, "step": step, "valid_loss": loss, "files": files}
-        if wrong := fault(plain_json(sealed)):
+        if wrong := fault(plain_json(sealed), META_SHAPE):
             raise TypeError(f"meta: {wrong}")
         with open(temporary / META, "wb") as file:
             file.write(_meta_text(sealed).encode())
@@ -412,7 +413,7 @@ def read_meta(folder: Path) -> dict:
         raise ForeignFormatError(
             f"{path}: format_version is {version!r}; expected {FORMAT_VERSION}. Use the version of this project that wrote it."
         )
-    if wrong := fault(meta):
+    if wrong := fault(meta, META_SHAPE):
         raise UserError(f"{path}: {wrong}. Damaged or edited: take another checkpoint.")
     return meta
 

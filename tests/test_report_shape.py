@@ -9,7 +9,8 @@ from tiny import tiny_store
 
 import report
 from report_read import read_run
-from report_shape import PARTS, fault, sound_parts
+from report_shape import PARTS, sound_parts
+from shapes import fault
 
 ODD = (None, True, "x", "", -1, 0, 1.5, float("nan"), 1e99, -1e99, 10**30, 10**17, [], [[]], [1], [1, "x"], {}, {"x": 1}, {"x": []})
 DRAW = {"data": report.data_section, "quality": report.quality_section, "samples": report.users_section}
