@@ -27,7 +27,7 @@ from metrics import RankingMetrics, action_weights, ranks_from_topk
 from model import Recommender
 from retrieval import Catalogue, Exclude, prepare_catalogue, rank_targets, topk_exact
 from schema import ACTION_NAMES, ANY_ACTION
-from transitions import Additions, Transitions, additions, rank_with_additions, topk_with_additions, without_excluded
+from transitions import ScoredAdditions, Transitions, additions, rank_with_additions, roughly_scored, topk_with_additions, without_excluded
 
 ITEM_CHUNK = 16_384  # items encoded at once: keeps the tower's temporaries near 100 MiB at width 64
 LOSS_SAMPLE = 10_000  # candidates that stand for all in the validation loss
@@ -222,12 +222,13 @@ class Ranker:
         added = allowed = None
         if self.transitions is not None:
             added = additions(self.transitions, self.store, part, self._place, self.temperature * self.transition_weight)
-            allowed = without_excluded(added, seen, len(self.candidate_ids))
+            allowed = roughly_scored(query, catalogue, without_excluded(added, seen, len(self.candidate_ids)))
         scores, found = _top(query, catalogue, k, allowed, seen)
         if fill and (found < 0).any():
             rows = np.flatnonzero((found < 0).any(axis=1))
-            all_of_them = None if added is None else added.of(rows)
-            _fill(found, scores, rows, *_top(query[torch.from_numpy(rows).to(query.device)], catalogue, k, all_of_them, None))
+            some = query[torch.from_numpy(rows).to(query.device)]
+            all_of_them = None if added is None else roughly_scored(some, catalogue, added.of(rows))
+            _fill(found, scores, rows, *_top(some, catalogue, k, all_of_them, None))
         if asked is None:
             return scores, found, None
         if allowed is not None:
@@ -274,7 +275,9 @@ class Ranker:
         return F.cross_entropy(torch.cat((own, logits), dim=1), torch.zeros_like(target), reduction="none")
 
 
-def _top(query: Tensor, catalogue: Catalogue, k: int, added: Additions | None, exclude: Exclude | None) -> tuple[np.ndarray, np.ndarray]:
+def _top(
+    query: Tensor, catalogue: Catalogue, k: int, added: ScoredAdditions | None, exclude: Exclude | None
+) -> tuple[np.ndarray, np.ndarray]:
     """(scores (B, k), places (B, k)), -1 where candidates ran out."""
     if added is not None:
         return topk_with_additions(query, catalogue, k, added, exclude)

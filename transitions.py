@@ -29,7 +29,7 @@ from torch import Tensor
 
 from columns import ragged_places
 from dataset import Split, iterate_events, training_item_counts
-from retrieval import Catalogue, Exclude, pair_scores, rank_targets, topk_exact
+from retrieval import Catalogue, Exclude, pair_scores, rank_targets, rough_pair_scores, topk_exact
 
 WINDOW = 8  # places between two events that are counted as a pair
 RECENT = 8  # events at the end of a history that are asked what follows them
@@ -60,10 +60,21 @@ class Additions(NamedTuple):
     places: np.ndarray  # (P,) int64 candidate
     values: np.ndarray  # (P,) float32
 
+    def at(self, index: np.ndarray) -> Additions:
+        return Additions(*(array[index] for array in self))
+
     def of(self, rows: np.ndarray) -> Additions:
         """Those of some queries (ascending), which are numbered anew."""
         keep = np.isin(self.rows, rows)
         return Additions(np.searchsorted(rows, self.rows[keep]), self.places[keep], self.values[keep])
+
+
+class ScoredAdditions(NamedTuple):
+    """Additions with bounds on the scores of their pairs."""
+
+    added: Additions
+    rough: np.ndarray  # (P,) float32 inner products
+    error: np.ndarray  # (P,) float64: so far, at most, may the exact score be from `rough`, and exact score + addition from their sum
 
 
 def from_state(state: Mapping[str, Tensor]) -> Transitions | None:
@@ -180,19 +191,30 @@ def without_excluded(added: Additions, exclude: Exclude | None, num_candidates: 
         return added
     offsets, index = (tensor.cpu().numpy() for tensor in exclude)
     excluded = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) * num_candidates + index
-    keep = ~np.isin(added.rows * num_candidates + added.places, excluded)
-    return Additions(*(array[keep] for array in added))
+    return added.at(~np.isin(added.rows * num_candidates + added.places, excluded))
+
+
+def roughly_scored(query: Tensor, catalogue: Catalogue, added: Additions) -> ScoredAdditions:
+    """The additions with what the rankings below ask of all pairs: exact scores (float64, hundreds of pairs a query) are for the few."""
+    pairs = (torch.from_numpy(array).to(query.device) for array in (added.rows, added.places))
+    rough, error = (tensor.cpu().numpy() for tensor in rough_pair_scores(query, catalogue, *pairs))
+    error = error[added.rows]
+    # And the rounding of their sum, to which the scores' own error belongs.
+    return ScoredAdditions(added, rough, error + 2.0**-23 * (np.abs(rough) + added.values + error))
 
 
 def topk_with_additions(
-    query: Tensor, catalogue: Catalogue, k: int, added: Additions, exclude: Exclude | None = None
+    query: Tensor, catalogue: Catalogue, k: int, scored: ScoredAdditions, exclude: Exclude | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `topk_exact`, of inner product + addition, summed in float32: (scores (B, k) float32, index (B, k) int64); ties: lowest index.
 
-    added: to none of the excluded pairs (`without_excluded`).
+    scored: additions to none of the excluded pairs (`without_excluded`).
     """
     num_candidates = len(catalogue.item_emb)
     plain, found = (tensor.cpu().numpy() for tensor in topk_exact(query, catalogue, k, exclude=exclude))
+    added = scored.added
+    # An addition is above 0: with or without it, the k-th of the plain scores is a bound on the k-th best.
+    added = added.at(scored.rough + added.values + scored.error >= plain[added.rows, k - 1])
     rows = np.concatenate([np.repeat(np.arange(len(plain)), k)[found.reshape(-1) >= 0], added.rows])
     places = np.concatenate([found[found >= 0], added.places])
     scores = np.concatenate([plain[found >= 0], _scores(query, catalogue, added.rows, added.places) + added.values])
@@ -211,10 +233,10 @@ def topk_with_additions(
 
 
 def rank_with_additions(
-    query: Tensor, catalogue: Catalogue, target: np.ndarray, added: Additions, exclude: Exclude | None = None
+    query: Tensor, catalogue: Catalogue, target: np.ndarray, scored: ScoredAdditions, exclude: Exclude | None = None
 ) -> np.ndarray:
     """As `rank_targets`, in the ranking of `topk_with_additions`: (B,) int64. target: (B,) int64 place, -1 = none."""
-    rows = np.flatnonzero(target >= 0)
+    added, rows = scored.added, np.flatnonzero(target >= 0)
     own = np.zeros(len(target), dtype=np.float32)
     own[rows] = _scores(query, catalogue, rows, target[rows])
     mine = added.places == target[added.rows]
@@ -223,8 +245,10 @@ def rank_with_additions(
     ranks = rank_targets(
         query, catalogue, torch.from_numpy(target).to(device), exclude=exclude, own=torch.from_numpy(own).to(device)
     ).cpu().numpy()  # fmt: skip
-    others = Additions(*(array[~mine] for array in added))
-    plain, limit = _scores(query, catalogue, others.rows, others.places), own[others.rows]
+    others, plain, error = added.at(~mine), scored.rough[~mine], scored.error[~mine]
+    limit = own[others.rows]
+    close = (np.abs(plain - limit) <= error) | (np.abs(plain + others.values - limit) <= error)
+    plain[close] = _scores(query, catalogue, others.rows[close], others.places[close])
     lower = others.places < target[others.rows]
     before, after = ((score > limit) | ((score == limit) & lower) for score in (plain, plain + others.values))
     moved = np.bincount(others.rows, weights=after.astype(np.int64) - before, minlength=len(target)).astype(np.int64)

@@ -22,9 +22,23 @@ from config import Config
 from dataset import iterate_events, make_splits, predict_split
 from ensemble import average_checkpoints, read_ensemble, write_ensemble
 from errors import UserError
+from retrieval import pair_scores, prepare_catalogue
 from serve import Answerer, open_served, parse_request
 from store import open_store
-from transitions import DECAY, RECENT, SHARPNESS, WINDOW, Transitions, count_transitions, from_state, without
+from transitions import (
+    DECAY,
+    RECENT,
+    SHARPNESS,
+    WINDOW,
+    Additions,
+    Transitions,
+    count_transitions,
+    from_state,
+    rank_with_additions,
+    roughly_scored,
+    topk_with_additions,
+    without,
+)
 
 
 def counted(store, split) -> dict[int, dict[int, float]]:
@@ -107,6 +121,30 @@ def test_ranking_and_ranks_equal_brute_force(remove_seen, candidates):
         target = int(store.item_ids[split.target[row]])
         assert found.target_ranks[row] == (whole.index(target) if target in whole and row != 1 else -1)
     assert changed > 10  # the counts do something here
+
+
+@pytest.mark.parametrize("num_pairs", [0, 3_000])
+def test_bounds_on_scores_decide_as_exact_ones_do(num_pairs):
+    """Hundreds of candidates whose scores lie as close as float32's rounding, ties and targets among them."""
+    rng = np.random.default_rng(num_pairs)
+    query = torch.from_numpy(rng.normal(size=(20, 48)).astype(np.float32))
+    items = torch.from_numpy((rng.normal(size=48) + 1e-7 * rng.normal(size=(300, 48))).astype(np.float32))
+    items[150:200] = items[:50]
+    catalogue = prepare_catalogue(items)
+    pairs = np.sort(rng.choice(20 * 300, num_pairs, replace=False))
+    values = rng.choice(np.array([1e-7, 1e-6, 2e-6, 0.5], dtype=np.float32), num_pairs)
+    scored = roughly_scored(query, catalogue, Additions(pairs // 300, pairs % 300, values))
+    rows, places = np.divmod(np.arange(20 * 300), 300)
+    scores = pair_scores(query, catalogue, torch.from_numpy(rows), torch.from_numpy(places)).numpy().astype(np.float32)
+    scores[pairs] += values
+    scores = scores.reshape(20, 300)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    top, found = topk_with_additions(query, catalogue, 10, scored)
+    assert (found == order[:, :10]).all() and (top == np.take_along_axis(scores, found, axis=1)).all()
+    for target in rng.integers(0, 300, (20, 20)):
+        target[0] = -1
+        ranks = rank_with_additions(query, catalogue, target, scored)
+        assert ranks.tolist() == [-1] + [order[row].tolist().index(place) for row, place in enumerate(target) if place >= 0]
 
 
 def test_batch_size_and_order_of_candidates_change_nothing():
