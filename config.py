@@ -124,8 +124,8 @@ class TrainingConfig(_Group):
 
     batch_size: int = setting(128, "Users in a training batch.", unit="users", minimum=1, env="BATCH_SIZE")
     num_epochs: int = setting(3, "Passes over the training users.", unit="epochs", minimum=1, env="NUM_EPOCHS")
-    learning_rate: float = setting(1e-3, "Highest learning rate.", above=0, env="LEARNING_RATE", aliases=("lr",))
-    optimizer: str = setting("adamw", "Optimiser of all weights but the joint table; muon: of the matrices of sequence encoder and towers,"
+    learning_rate: float = setting(3e-3, "Highest learning rate.", above=0, env="LEARNING_RATE", aliases=("lr",))
+    optimizer: str = setting("muon", "Optimiser of all weights but the joint table; muon: of the matrices of sequence encoder and towers,"
                              " adamw for the rest.", choices=("adam", "adamw", "muon"))  # fmt: skip
     muon_learning_rate: float = setting(0.02, "muon: highest learning rate of the matrices; times the root of outputs / inputs where"
                                         " a matrix has more outputs.", above=0)  # fmt: skip

@@ -254,9 +254,10 @@ def test_default_settings_warn_of_nothing() -> None:
     ({"lr_step_epochs": 2}, ["training.lr_step_epochs 2 has no effect with training.lr_scheduler cosine."]),
     ({"lr_step_epochs": 2, "table_lr_scheduler": "step"}, []),
     ({"lr_scheduler": "constant", "min_lr_ratio": 0.5, "optimizer": "muon", "muon_lr_scheduler": "cosine"}, []),
-    ({"muon_momentum": 0.5}, ["training.muon_momentum 0.5 has no effect with training.optimizer adamw."]),
-    ({"muon_lr_scheduler": "step", "lr_gamma": 0.1}, ["training.muon_lr_scheduler 'step' has no effect with training.optimizer adamw.",
-                                                      "training.lr_gamma 0.1 has no effect with training.lr_scheduler cosine."]),
+    ({"muon_momentum": 0.5, "optimizer": "adamw"}, ["training.muon_momentum 0.5 has no effect with training.optimizer adamw."]),
+    ({"muon_lr_scheduler": "step", "lr_gamma": 0.1, "optimizer": "adamw"},
+     ["training.muon_lr_scheduler 'step' has no effect with training.optimizer adamw.",
+      "training.lr_gamma 0.1 has no effect with training.lr_scheduler cosine."]),
     ({"lr_scheduler": "step", "lr_step_epochs": 2, "lr_gamma": 0.1}, []),
     ({"lr_scheduler": "constant", "min_lr_ratio": 0.0}, ["training.min_lr_ratio 0.0 "]),
     ({"candidate_activation": True}, ["model.candidate_activation true has no effect with model.item_activation none."]),
@@ -301,4 +302,4 @@ def test_the_schedule_of_each_group() -> None:
     assert training.schedule("dense") == ("step", 5)
     assert training.schedule("table") == ("constant", 5) and training.schedule("muon") == ("step", 0)
     assert training.schedules() == {"step", "constant"}
-    assert TrainingConfig(muon_lr_scheduler="step").schedules() == {"cosine"}  # no muon
+    assert TrainingConfig(optimizer="adamw", muon_lr_scheduler="step").schedules() == {"cosine"}  # no muon

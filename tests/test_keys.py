@@ -128,7 +128,7 @@ class Case(NamedTuple):
     base: Mapping = MappingProxyType({})
 
 
-STILL = {"learning_rate": 1e-12}  # nothing is learnt: no evaluation is better than the first
+STILL = {"optimizer": "adamw", "learning_rate": 1e-12}  # nothing is learnt: no evaluation is better than the first
 WIDE = {"holdout_fraction": 0.5, "num_epochs": 1}
 CASES = {
     "backbone": Case("hstu", losses),
@@ -187,10 +187,10 @@ CASES = {
     "table_optimizer": Case("adam", losses, base={"table_learning_rate": 0.1}),
     "table_learning_rate": Case(0.1, losses),
     "lr_scheduler": Case("constant", lambda seen: rates(seen)[-1] < rates(seen)[0], (True, False)),
-    "warmup_steps": Case(4, lambda seen: rates(seen)[:4], ([1e-3] * 4, [2.5e-4, 5e-4, 7.5e-4, 1e-3]), {"lr_scheduler": "constant"}),
+    "warmup_steps": Case(4, lambda seen: rates(seen)[:4], ([3e-3] * 4, [7.5e-4, 1.5e-3, 2.25e-3, 3e-3]), {"lr_scheduler": "constant"}),
     "min_lr_ratio": Case(0.9, lambda seen: min(rates(seen)) < 9e-4, (True, False)),
-    "lr_step_epochs": Case(2, rates, ([1e-3] * 4 + [5e-4] * 4, [1e-3] * 8), {"lr_scheduler": "step"}),
-    "lr_gamma": Case(0.1, rates, ([1e-3] * 4 + [5e-4] * 4, [1e-3] * 4 + [1e-4] * 4), {"lr_scheduler": "step"}),
+    "lr_step_epochs": Case(2, rates, ([1e-3] * 4 + [5e-4] * 4, [1e-3] * 8), {"lr_scheduler": "step", "learning_rate": 1e-3}),
+    "lr_gamma": Case(0.1, rates, ([1e-3] * 4 + [5e-4] * 4, [1e-3] * 4 + [1e-4] * 4), {"lr_scheduler": "step", "learning_rate": 1e-3}),
     "max_skipped_steps": Case(100, status, (1, 0), base={"temperature": 1e-39}),  # every loss overflows
     "gradient_clip": Case(0.0, losses, base={"learning_rate": 0.01}),
     "precision": Case("bf16", losses),

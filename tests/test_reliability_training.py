@@ -70,8 +70,8 @@ STEPS = 200
 # Rates low enough that a last bit does not grow to another curve: at temperature 0.05 and a rate of 0.002 other instructions gave other
 # losses by up to 0.07 after 200 steps.
 CURVES = {
-    "sampled softmax": {"learning_rate": 5e-4, "temperature": 0.2},
-    "bce": {"name": "bce", "num_negatives": 2, "learning_rate": 1e-3},
+    "sampled softmax": {"optimizer": "adamw", "learning_rate": 5e-4, "temperature": 0.2},
+    "bce": {"optimizer": "adamw", "name": "bce", "num_negatives": 2, "learning_rate": 1e-3},
     "muon and hstu, two batches an update": {
         "optimizer": "muon",
         "backbone": "hstu",

@@ -332,7 +332,7 @@ def test_a_written_file_holds_the_defaults_and_every_key(write) -> None:
 
 def test_comments_stand_above_their_key() -> None:
     lines = dump_yaml(Config()).splitlines()
-    at = lines.index("  learning_rate: 0.001")
+    at = lines.index("  learning_rate: 0.003")
     assert lines[at - 1] == "  # Highest learning rate. Above 0. Also: lr. Variable: LEARNING_RATE."
     assert max(map(len, lines)) < 140
 
