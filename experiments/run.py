@@ -13,7 +13,7 @@ A sweep file:
   rows:     {name: {key: value}}, besides `against: other row` (whose interval is given) and `from: other row` (whose settings come first)
   search:   {key: [values]} in place of rows: every combination is a row, trained with --no-test; the best on validation is then tested
 
-Intervals: 95 % paired bootstrap over users and seeds of a row's NDCG@10 less that of its `against`.
+Intervals: 95 % paired bootstrap over users and seeds of a row's NDCG@10 less that of its `against`, over the seeds that both have.
 """
 
 from __future__ import annotations
@@ -155,25 +155,44 @@ def train(sweep: Sweep, run: One, folder: Path) -> None:
 # ---- what came of it ----
 
 
-def result_of(runs: list[Run], key: str) -> np.ndarray:
-    return np.array([run.metrics[key] for run in runs], dtype=np.float64)
+Seeds = dict[int, Run]  # a row's finished runs on one data set, by seed
 
 
-def interval(runs: list[Run], others: list[Run]) -> tuple[float, float, float] | None:
+def finished(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> dict[tuple[str, str], Seeds]:
+    """(data set, row) -> its runs that are finished and have metrics."""
+    found: dict[tuple[str, str], Seeds] = {}
+    for run in runs_of(sweep, out, only, seeds):
+        one = read_run(run.folder / "log")
+        if one.status.get("state") == "finished" and one.metrics:
+            found.setdefault((run.data, run.row.name), {})[run.seed] = one
+    return found
+
+
+def result_of(runs: Seeds, key: str) -> np.ndarray:
+    return np.array([run.metrics[key] for run in runs.values()], dtype=np.float64)
+
+
+def pairs_of(runs: Seeds, others: Seeds) -> dict[int, tuple[Run, Run]]:
+    """The runs of two rows of the seeds that both have."""
+    return {seed: (runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())}
+
+
+def interval(runs: Seeds, others: Seeds) -> tuple[float, float, float] | None:
     """Mean and ends of the paired difference in NDCG@10, over users and seeds; None without ranks of the same users on both sides."""
-    if len(runs) != len(others) or any(run.ranks is None for run in (*runs, *others)):
+    pairs = pairs_of(runs, others).values()
+    if not pairs or any(run.ranks is None for pair in pairs for run in pair):
         return None
-    users = runs[0].ranks.user
-    if any(not np.array_equal(run.ranks.user, users) for run in (*runs, *others)):
+    users = next(iter(pairs))[0].ranks.user
+    if any(not np.array_equal(run.ranks.user, users) for pair in pairs for run in pair):
         return None
-    ours, theirs = (torch.from_numpy(np.stack([gains(run.ranks.rank, "ndcg@10") for run in side])) for side in (runs, others))
+    ours, theirs = (torch.from_numpy(np.stack([gains(run.ranks.rank, "ndcg@10") for run in side])) for side in zip(*pairs))
     return paired_bootstrap(ours, theirs)
 
 
-def steps_to(runs: list[Run], others: list[Run]) -> int | None:
+def steps_to(runs: Seeds, others: Seeds) -> int | None:
     """The mean of the first steps at which validation NDCG@10 reaches the others' best of the same seed; None where one never does."""
     found = []
-    for run, other in zip(runs, others):
+    for run, other in pairs_of(runs, others).values():
         best = max((value for _, value in curve(other, "ndcg@10", "valid")), default=float("inf"))
         found.append(next((step for step, value in curve(run, "ndcg@10", "valid") if value >= best), None))
     return None if not found or None in found else round(sum(found) / len(found))
@@ -181,37 +200,38 @@ def steps_to(runs: list[Run], others: list[Run]) -> int | None:
 
 def table_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> tuple[str, list[dict]]:
     """The table in Markdown and its content, of the runs that are finished."""
-    found: dict[tuple[str, str], list[Run]] = {}
-    for run in runs_of(sweep, out, only, seeds):
-        one = read_run(run.folder / "log")
-        if one.status.get("state") == "finished" and one.metrics:
-            found.setdefault((run.data, run.row.name), []).append(one)
+    found = finished(sweep, out, only, seeds)
     content, text = [], []
     for data in sweep.data:
-        header = ("row", *(METRICS), "seeds", "less", "95 % interval of NDCG@10", "minutes", "steps", "steps to its best validation")
+        header = ("row", *METRICS, "seeds", "less", "95 % interval of NDCG@10", "minutes", "steps", "steps to its best validation")
         text += [f"**{data}**", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for row in sweep.rows:
-            runs = found.get((data, row.name))
-            if not runs:
-                continue
-            entry = {"data": data, "row": row.name, "seeds": len(runs), "split": runs[0].metrics["split"], "against": row.against}
-            cells = []
-            for key in METRICS:
-                values = result_of(runs, key)
-                entry[key], entry[f"{key}.sd"] = float(values.mean()), float(values.std(ddof=1)) if len(runs) > 1 else None
-                cells.append(f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(runs) > 1 else ""))
-            others = found.get((data, row.against), [])
-            between = interval(runs, others) if others else None
-            entry["difference"] = between
-            minutes = float(np.mean([run.seconds or 0.0 for run in runs]) / 60)
-            entry["minutes"], entry["steps"] = minutes, int(np.mean([run.status.get("step", 0) for run in runs]))
-            words = "" if between is None else f"{between[0]:+.4f} ({between[1]:+.4f} to {between[2]:+.4f})"
-            entry["steps_to_reach"] = reach = steps_to(runs, others)
-            cells += [len(runs), row.against, words, f"{minutes:.1f}", entry["steps"], "" if reach is None else reach]
-            text.append(f"| {row.name} | {' | '.join(map(str, cells))} |")
-            content.append(entry)
+            if runs := found.get((data, row.name)):
+                entry, cells = row_of(row, runs, found.get((data, row.against), {}))
+                content.append({"data": data} | entry)
+                text.append(f"| {row.name} | {' | '.join(map(str, cells))} |")
         text.append("")
     return "\n".join(text), content
+
+
+def row_of(row: Row, runs: Seeds, others: Seeds) -> tuple[dict, list]:
+    """A row of the table: its content, and its cells behind the name."""
+    some = list(runs.values())
+    entry = {"row": row.name, "seeds": len(runs), "split": some[0].metrics["split"], "against": row.against}
+    cells: list = []
+    for key in METRICS:
+        values = result_of(runs, key)
+        entry[key], entry[f"{key}.sd"] = float(values.mean()), float(values.std(ddof=1)) if len(runs) > 1 else None
+        cells.append(f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(runs) > 1 else ""))
+    entry["paired_seeds"] = paired = list(pairs_of(runs, others))
+    entry["difference"] = between = interval(runs, others)
+    words = "" if between is None else f"{between[0]:+.4f} ({between[1]:+.4f} to {between[2]:+.4f})"
+    if between is not None and not len(paired) == len(runs) == len(others):
+        words += f", seed{'s' if len(paired) > 1 else ''} {' '.join(map(str, paired))}"
+    entry["minutes"] = minutes = float(np.mean([run.seconds or 0.0 for run in some]) / 60)
+    entry["steps"] = int(np.mean([run.status.get("step", 0) for run in some]))
+    entry["steps_to_reach"] = reach = steps_to(runs, others)
+    return entry, [*cells, len(runs), row.against, words, f"{minutes:.1f}", entry["steps"], "" if reach is None else reach]
 
 
 def picture_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> str:

@@ -54,19 +54,34 @@ def test_a_sweep_goes_on_and_its_table_is_right(tmp_path, monkeypatch, capsys):
     assert len(calls) == 2 and calls[1][-1] == "--overwrite"
 
 
-def fake_run(folder, seed, ranks, curve):
+def fake_run(folder, ranks, curve=()):
     rank = np.array(ranks)
     lines = [{"split": "valid", "global_step": s, "ndcg@10": v} for s, v in curve]
     return read_run(folder)._replace(log=lines, ranks=Ranks(np.arange(len(rank)), rank, np.zeros((0, 10), np.int64), {}))
 
 
 def test_interval_and_steps_by_hand(tmp_path):
-    ours = [fake_run(tmp_path, 1, [0] * 50 + [-1] * 50, [(1, 0.1), (2, 0.3)]), fake_run(tmp_path, 2, [0] * 100, [(1, 0.3)])]
-    theirs = [fake_run(tmp_path, 1, [-1] * 100, [(1, 0.05), (2, 0.2)]), fake_run(tmp_path, 2, [-1] * 100, [(1, 0.2)])]
+    ours = {1: fake_run(tmp_path, [0] * 50 + [-1] * 50, [(1, 0.1), (2, 0.3)]), 2: fake_run(tmp_path, [0] * 100, [(1, 0.3)])}
+    theirs = {1: fake_run(tmp_path, [-1] * 100, [(1, 0.05), (2, 0.2)]), 2: fake_run(tmp_path, [-1] * 100, [(1, 0.2)])}
     mean, low, high = sweeps.interval(ours, theirs)
     assert mean == pytest.approx(0.75) and 0.4 < low < mean < high <= 1.0
     assert sweeps.steps_to(ours, theirs) == 2 and sweeps.steps_to(theirs, ours) is None
-    assert sweeps.interval(ours, theirs[:1]) is None
+    assert sweeps.interval(ours, {}) is None and sweeps.steps_to(ours, {}) is None
+
+
+def test_rows_are_paired_by_seed(tmp_path):
+    hit, miss = ([0] * 40, [(5, 0.3)]), ([-1] * 40, [(7, 0.1)])
+    ours = {1: fake_run(tmp_path, *hit), 2: fake_run(tmp_path, *miss)}
+    theirs = {2: fake_run(tmp_path, *miss), 3: fake_run(tmp_path, *miss)}
+    assert sweeps.interval(ours, theirs) == (0.0, 0.0, 0.0) and sweeps.steps_to(ours, theirs) == 7  # seed 2 of both, not the first of each
+    theirs = {2: theirs[2], 1: fake_run(tmp_path, *hit)}
+    assert sweeps.interval(ours, theirs) == (0.0, 0.0, 0.0)  # the order in which they were found says nothing
+    assert sweeps.interval({1: ours[1]}, {2: theirs[2]}) is None and sweeps.steps_to({1: ours[1]}, {2: theirs[2]}) is None
+    for run in (*ours.values(), *theirs.values()):
+        run.metrics.update({"split": "test", "hr@10": 0.5, "ndcg@10": 0.5, "score": 0.5})
+    row = sweeps.Row("b", {}, "a")
+    entry, cells = sweeps.row_of(row, {1: ours[1], 2: ours[2]}, {2: theirs[2]})
+    assert entry["paired_seeds"] == [2] and entry["seeds"] == 2 and cells[5] == "+0.0000 (+0.0000 to +0.0000), seed 2"
 
 
 def test_a_search_looks_at_validation_only_until_one_is_chosen(tmp_path):
