@@ -13,7 +13,8 @@ A sweep file:
   rows:     {name: {key: value}}, besides `against: other row` (whose interval is given) and `from: other row` (whose settings come first)
   search:   {key: [values]} in place of rows: every combination is a row, trained with --no-test; the best on validation is then tested
 
-Intervals: 95 % paired bootstrap over users and seeds of a row's NDCG@10 less that of its `against`, over the seeds that both have.
+Intervals: 95 % paired bootstrap of a row's NDCG@10 less that of its `against`, over the seeds that both have: seeds are drawn, and users,
+within each drawn seed where the seeds' users differ (holdout).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from charts import lines
 from atomic import write_text_atomic
 from config import KEYS, Config, with_values
 from errors import ArgumentParser, UserError, run_cli
-from metrics import paired_bootstrap
+from metrics import nested_interval, paired_bootstrap
 from report_compare import gains
 from report_html import page, section
 from report_read import Run, curve, read_run
@@ -178,15 +179,20 @@ def pairs_of(runs: Seeds, others: Seeds) -> dict[int, tuple[Run, Run]]:
 
 
 def interval(runs: Seeds, others: Seeds) -> tuple[float, float, float] | None:
-    """Mean and ends of the paired difference in NDCG@10, over users and seeds; None without ranks of the same users on both sides."""
+    """Mean and ends of the paired difference in NDCG@10, over the seeds that both have and their users.
+
+    A holdout's users are drawn by the seed, so that only the two runs of a seed need the same ones; None where they have not, or no ranks.
+    """
     pairs = pairs_of(runs, others).values()
     if not pairs or any(run.ranks is None for pair in pairs for run in pair):
         return None
-    users = next(iter(pairs))[0].ranks.user
-    if any(not np.array_equal(run.ranks.user, users) for pair in pairs for run in pair):
+    users = [run.ranks.user for run, _ in pairs]
+    if any(not np.array_equal(other.ranks.user, of_run) for of_run, (_, other) in zip(users, pairs)):
         return None
-    ours, theirs = (torch.from_numpy(np.stack([gains(run.ranks.rank, "ndcg@10") for run in side])) for side in zip(*pairs))
-    return paired_bootstrap(ours, theirs)
+    ours, theirs = ([gains(run.ranks.rank, "ndcg@10") for run in side] for side in zip(*pairs))
+    if all(np.array_equal(of_run, users[0]) for of_run in users):
+        return paired_bootstrap(*(torch.from_numpy(np.stack(side)) for side in (ours, theirs)))
+    return nested_interval([a - b for a, b in zip(ours, theirs)])
 
 
 def steps_to(runs: Seeds, others: Seeds) -> int | None:

@@ -54,10 +54,12 @@ def test_a_sweep_goes_on_and_its_table_is_right(tmp_path, monkeypatch, capsys):
     assert len(calls) == 2 and calls[1][-1] == "--overwrite"
 
 
-def fake_run(folder, ranks, curve=()):
+def fake_run(folder, ranks, curve=(), users=None):
     rank = np.array(ranks)
     lines = [{"split": "valid", "global_step": s, "ndcg@10": v} for s, v in curve]
-    return read_run(folder)._replace(log=lines, ranks=Ranks(np.arange(len(rank)), rank, np.zeros((0, 10), np.int64), {}))
+    return read_run(folder)._replace(
+        log=lines, ranks=Ranks(np.arange(len(rank)) if users is None else users, rank, np.zeros((0, 10), np.int64), {})
+    )
 
 
 def test_interval_and_steps_by_hand(tmp_path):
@@ -67,6 +69,28 @@ def test_interval_and_steps_by_hand(tmp_path):
     assert mean == pytest.approx(0.75) and 0.4 < low < mean < high <= 1.0
     assert sweeps.steps_to(ours, theirs) == 2 and sweeps.steps_to(theirs, ours) is None
     assert sweeps.interval(ours, {}) is None and sweeps.steps_to(ours, {}) is None
+
+
+def test_interval_where_each_seed_has_users_of_its_own(tmp_path):
+    def runs(ranks, users=(range(0, 100), range(200, 320))):
+        found = zip((1, 2), ranks, users, strict=True)
+        return {seed: fake_run(tmp_path, rank, users=np.array(of_seed)[: len(rank)]) for seed, rank, of_seed in found}
+
+    # By hand: without spread among a seed's users only the draw of the seeds is left, each alone or both.
+    half = runs([[2] * 100, [-1] * 120]), runs([[-1] * 100] + [[-1] * 120])
+    assert sweeps.interval(*half) == (0.25, 0.0, 0.5)  # 1 / log2(2 + 2) in one seed of two, and as many users as each seed has
+    random = np.random.default_rng(0)
+    base = [random.integers(-1, 30, size) for size in (100, 120)]
+    moved = [np.where(random.random(len(rank)) < 0.3, 0, rank) for rank in base]
+    assert sweeps.interval(runs(base), runs(base)) == (0.0, 0.0, 0.0)
+    mean, low, high = sweeps.interval(runs(moved), runs(base))
+    assert 0 < low < mean < high and sweeps.interval(runs(base), runs(moved))[2] < 0
+    shuffled = [random.permutation(rank) for rank in base]  # as good, user by user other
+    mean, low, high = sweeps.interval(runs(shuffled), runs(base))
+    assert mean == pytest.approx(0, abs=1e-12) and low < 0 < high
+    # Within a seed the users of both rows must be the same, in number too.
+    assert sweeps.interval(runs(moved), runs(base, (range(0, 100), range(201, 321)))) is None
+    assert sweeps.interval(runs(moved), runs([base[0], base[1][:-1]])) is None
 
 
 def test_rows_are_paired_by_seed(tmp_path):
