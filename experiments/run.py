@@ -46,9 +46,10 @@ from errors import ArgumentParser, UserError, run_cli
 from metrics import nested_interval, paired_bootstrap
 from report_compare import gains
 from report_html import page, section
-from report_read import Run, curve, read_run
+from report_read import Run, curve, data_of, read_run
 from runs import environment
 from settings import dump_yaml, load_config
+from store import fingerprint_of
 
 SWEEP_KEYS = ("data", "base", "settings", "seeds", "rows", "search")
 METRICS = ("hr@10", "ndcg@10", "score")
@@ -101,7 +102,7 @@ def read_sweep(path: Path) -> Sweep:
     return Sweep(dict(tree["data"]), tree.get("base") or "", list(tree.get("seeds") or [1]), rows, "search" in tree)
 
 
-def settings_of(sweep: Sweep, row: Row):
+def settings_of(sweep: Sweep, row: Row) -> Config:
     """The row's whole configuration; UserError where a value does not fit."""
     base = load_config(["--config", str(ROOT / sweep.base)] if sweep.base else [], environ={}, default_file=ROOT / "nowhere.yaml").config
     return with_values(base, **row.settings)
@@ -122,26 +123,41 @@ def runs_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> Itera
             yield One(row, data, seed, out / data / re.sub(r"[^\w.=-]+", "_", row.name) / f"seed{seed}")
 
 
-def state_of(run: One, wanted: str) -> str:
-    """ "done", "unfinished" or "missing"; a folder of other settings is "missing" and is made anew."""
+def state_of(run: One, config: Config, folder: Path) -> str:
+    """ "done", "unfinished" or "missing"; a folder of other settings is "missing" and is made anew. UserError for a run of other data."""
     note = run.folder / "sweep.json"
-    if not note.is_file() or json.loads(note.read_text())["settings"] != wanted:
+    if not note.is_file() or json.loads(note.read_text())["settings"] != hash_of(config):
         return "missing"
-    finished = read_run(run.folder / "log", log=False).status.get("state") == "finished"
-    return "done" if finished else "unfinished" if (run.folder / "log" / "status.json").is_file() else "missing"
+    found = read_run(run.folder / "log", log=False)
+    if not found.status:
+        return "missing"
+    known = data_of(found)
+    if known and known not in (str(folder), fingerprint := fingerprint_of(folder, config.data.max_bad_lines)):
+        # It may have taken hours: a slip in --data must not train over it.
+        raise UserError(f"{run.folder}: a run of other data (store {known}) than {folder} (store {fingerprint}), or of these files before they"
+                        " were written anew.\nGive another --out; or remove that folder, then it is trained anew.")  # fmt: skip
+    return "done" if found.status.get("state") == "finished" else "unfinished"
+
+
+def hash_of(config: Config) -> str:
+    return hashlib.sha256(dump_yaml(config).encode()).hexdigest()
+
+
+def config_of(sweep: Sweep, run: One) -> Config:
+    return with_values(settings_of(sweep, run.row), seed=run.seed)
 
 
 def train(sweep: Sweep, run: One, folder: Path) -> None:
     """Make the run, or go on with it. RuntimeError when main.py fails; KeyboardInterrupt goes through to it and stops the sweep."""
-    config = settings_of(sweep, run.row)
-    wanted = hashlib.sha256(dump_yaml(with_values(config, seed=run.seed)).encode()).hexdigest()
-    state = state_of(run, wanted)
+    config = config_of(sweep, run)
+    state = state_of(run, config, folder)
     if state == "done":
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     file = run.folder / "settings.yaml"
-    write_text_atomic(file, dump_yaml(with_values(config, seed=run.seed)))
-    write_text_atomic(run.folder / "sweep.json", json.dumps({"settings": wanted, "row": run.row.name, "data": run.data, "seed": run.seed}))
+    write_text_atomic(file, dump_yaml(config))
+    told = {"settings": hash_of(config), "row": run.row.name, "data": run.data, "seed": run.seed}
+    write_text_atomic(run.folder / "sweep.json", json.dumps(told))
     places = {"--data_path": folder, "--log_path": run.folder / "log", "--checkpoint_path": run.folder / "checkpoints",
               "--tensorboard_path": run.folder / "tensorboard"}  # fmt: skip
     flags = [str(word) for pair in places.items() for word in pair]
@@ -296,13 +312,16 @@ def main() -> int:
     if options.write_rows:
         write_rows(sweep, options.sweep)
         return 0
-    if not options.table_only:
-        for run in runs_of(sweep, options.out, options.only, options.seeds):
-            train(sweep, run, folder_of(sweep, run.data, given, options.out))
-    return finish(sweep, options, given)
+    folders = {} if options.table_only else {data: folder_of(sweep, data, given, options.out) for data in sweep.data}
+    runs = [] if options.table_only else list(runs_of(sweep, options.out, options.only, options.seeds))
+    for run in runs:
+        state_of(run, config_of(sweep, run), folders[run.data])  # one of other data is said before the first is trained
+    for run in runs:
+        train(sweep, run, folders[run.data])
+    return finish(sweep, options, folders)
 
 
-def finish(sweep: Sweep, options: argparse.Namespace, given: dict[str, str]) -> int:
+def finish(sweep: Sweep, options: argparse.Namespace, folders: dict[str, Path]) -> int:
     """Write and show the table; after a search, test the row that validation chose."""
     text, content = table_of(sweep, options.out, options.only, options.seeds)
     if sweep.is_search and content and not options.table_only:
@@ -312,7 +331,7 @@ def finish(sweep: Sweep, options: argparse.Namespace, given: dict[str, str]) -> 
             chosen = Row(f"chosen: {row.name}", row.settings | {"test": True})
             tested = Sweep({data: sweep.data[data]}, sweep.base, sweep.seeds, [chosen], False)
             for run in runs_of(tested, options.out, [], options.seeds):
-                train(tested, run, folder_of(sweep, data, given, options.out))
+                train(tested, run, folders[data])
             more, entries = table_of(tested, options.out, [], options.seeds)
             text, content = text + "\nThe one with the best validation NDCG@10, on the test split:\n\n" + more, content + entries
     options.out.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from report_read import read_run
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import run as sweeps
+import synthetic
 
 SWEEP = """
 data: {tiny: "python synthetic.py {folder} --users 120 --items 90 --layout parquet --seed 3"}
@@ -49,8 +50,18 @@ def test_a_sweep_goes_on_and_its_table_is_right(tmp_path, monkeypatch, capsys):
     status.write_text(status.read_text().replace("finished", "interrupted"))
     assert start(monkeypatch, file, "--out", out, "--seeds", 1) == 0
     assert len(calls) == 1 and calls[0][-1] == "--resume"
+    # A run of other data is not taken for done, nor gone on with, nor trained over; the same data elsewhere is the same.
+    synthetic.generate(tmp_path / "other", users=130, items=90, layout="parquet", seed=4)
+    with pytest.raises(UserError, match="one.seed1: a run of other data .store [0-9a-f]{16}. than .*other .store"):
+        start(monkeypatch, file, "--out", out, "--seeds", 1, "--data", f"tiny={tmp_path / 'other'}")
+    with pytest.raises(UserError, match="two.seed1: a run of other data"):  # unfinished; said before a run is trained
+        start(monkeypatch, file, "--out", out, "--only", "two", "--seeds", 3, 1, "--data", f"tiny={tmp_path / 'other'}")
+    assert len(calls) == 1
+    (out / "data" / "tiny").rename(tmp_path / "moved")
+    start(monkeypatch, file, "--out", out, "--only", "one", "--seeds", 1, "--data", f"tiny={tmp_path / 'moved'}")
+    assert len(calls) == 1
     file.write_text(SWEEP.replace("0.1}", "0.2}"))  # other settings: the run is made anew
-    start(monkeypatch, file, "--out", out, "--seeds", 1)
+    start(monkeypatch, file, "--out", out, "--seeds", 1, "--data", f"tiny={tmp_path / 'moved'}")
     assert len(calls) == 2 and calls[1][-1] == "--overwrite"
 
 
