@@ -53,6 +53,7 @@ from store import fingerprint_of
 
 SWEEP_KEYS = ("data", "base", "settings", "seeds", "rows", "search")
 METRICS = ("hr@10", "ndcg@10", "score")
+ORIGINS = ("commit", "store")  # of a row's runs; columns of the table where they differ
 CHOSEN_BY = "ndcg@10"  # on validation, in a search
 
 
@@ -197,10 +198,11 @@ def pairs_of(runs: Seeds, others: Seeds) -> dict[int, tuple[Run, Run]]:
 def interval(runs: Seeds, others: Seeds) -> tuple[float, float, float] | None:
     """Mean and ends of the paired difference in NDCG@10, over the seeds that both have and their users.
 
-    A holdout's users are drawn by the seed, so that only the two runs of a seed need the same ones; None where they have not, or no ranks.
+    A holdout's users are drawn by the seed, so that only the two runs of a seed need the same ones; None where they have not, for runs of
+    different data, and without ranks.
     """
     pairs = pairs_of(runs, others).values()
-    if not pairs or any(run.ranks is None for pair in pairs for run in pair):
+    if not pairs or any(run.ranks is None for pair in pairs for run in pair) or len({data_of(run) for pair in pairs for run in pair}) > 1:
         return None
     users = [run.ranks.user for run, _ in pairs]
     if any(not np.array_equal(other.ranks.user, of_run) for of_run, (_, other) in zip(users, pairs)):
@@ -225,15 +227,24 @@ def table_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> tupl
     found = finished(sweep, out, only, seeds)
     content, text = [], []
     for data in sweep.data:
-        header = ("row", *METRICS, "seeds", "less", "95 % interval of NDCG@10", "minutes", "steps", "steps to its best validation")
+        header = ["row", *METRICS, "seeds", "less", "95 % interval of NDCG@10", "minutes", "steps", "steps to its best validation"]
+        rows = [
+            (row, *row_of(row, runs, found.get((data, row.against), {}))) for row in sweep.rows if (runs := found.get((data, row.name)))
+        ]
+        several = [key for key in ORIGINS if len({origin for _, entry, _ in rows for origin in entry[key]}) > 1]
+        header += several
         text += [f"**{data}**", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        for row in sweep.rows:
-            if runs := found.get((data, row.name)):
-                entry, cells = row_of(row, runs, found.get((data, row.against), {}))
-                content.append({"data": data} | entry)
-                text.append(f"| {row.name} | {' | '.join(map(str, cells))} |")
+        for row, entry, cells in rows:
+            cells += [", ".join(map(short, entry[key])) for key in several]
+            text.append(f"| {row.name} | {' | '.join(map(str, cells))} |")
+            content.append({"data": data} | entry)
         text.append("")
     return "\n".join(text), content
+
+
+def short(origin: str) -> str:
+    """A commit in ten digits and what is behind them, a store's fingerprint or a path as they are."""
+    return re.sub(r"^([0-9a-f]{10})[0-9a-f]{30}", r"\1", origin)
 
 
 def row_of(row: Row, runs: Seeds, others: Seeds) -> tuple[dict, list]:
@@ -250,6 +261,8 @@ def row_of(row: Row, runs: Seeds, others: Seeds) -> tuple[dict, list]:
     words = "" if between is None else f"{between[0]:+.4f} ({between[1]:+.4f} to {between[2]:+.4f})"
     if between is not None and not len(paired) == len(runs) == len(others):
         words += f", seed{'s' if len(paired) > 1 else ''} {' '.join(map(str, paired))}"
+    entry["commit"] = sorted({str(run.environment.get("commit") or "unknown") for run in some})
+    entry["store"] = sorted({data_of(run) or "unknown" for run in some})
     entry["minutes"] = minutes = float(np.mean([run.seconds or 0.0 for run in some]) / 60)
     entry["steps"] = int(np.mean([run.status.get("step", 0) for run in some]))
     entry["steps_to_reach"] = reach = steps_to(runs, others)

@@ -119,6 +119,26 @@ def test_rows_are_paired_by_seed(tmp_path):
     assert entry["paired_seeds"] == [2] and entry["seeds"] == 2 and cells[5] == "+0.0000 (+0.0000 to +0.0000), seed 2"
 
 
+def test_commits_and_data_of_the_runs_are_shown_where_they_differ(tmp_path, monkeypatch):
+    def run(commit, store):
+        metrics = {"split": "test", "hr@10": 0.5, "ndcg@10": 0.5, "score": 0.5}
+        return fake_run(tmp_path, [0] * 9)._replace(metrics=metrics, environment={"commit": commit}, report={"fingerprint": store})
+
+    def table(a, b):
+        monkeypatch.setattr(sweeps, "finished", lambda *_: {("d", "a"): a, ("d", "b"): b})
+        rows = [sweeps.Row("a", {}), sweeps.Row("b", {}, "a")]
+        return sweeps.table_of(sweeps.Sweep({"d": ""}, "", [1, 2], rows, False), tmp_path, [], [])
+
+    old, new = "0123456789" * 4, "abcdef0123" * 4 + "-dirty"
+    text, content = table({1: run(old, "s")}, {1: run(old, "s")})
+    assert "commit" not in text and "store" not in text and content[1]["commit"] == [old] and content[1]["store"] == ["s"]
+    text, content = table({1: run(old, "s")}, {1: run(new, "s"), 2: run(old, "s")})
+    assert "| commit |" in text and "| 0123456789 |" in text and "| 0123456789, abcdef0123-dirty |" in text and "store" not in text
+    assert content[1]["commit"] == [old, new] and content[1]["difference"] == (0.0, 0.0, 0.0)
+    text, content = table({1: run(None, "s")}, {1: run(None, "t")})  # of two data sets: both are named, none is compared
+    assert "| store |" in text and "| t |" in text and content[1]["difference"] is None and content[1]["commit"] == ["unknown"]
+
+
 def test_a_search_looks_at_validation_only_until_one_is_chosen(tmp_path):
     file = tmp_path / "s.yaml"
     file.write_text("data: {d: ''}\nsearch: {learning_rate: [0.1, 0.2], num_blocks: [1, 2]}\n")
