@@ -335,24 +335,33 @@ def main() -> int:
 
 
 def finish(sweep: Sweep, options: argparse.Namespace, folders: dict[str, Path]) -> int:
-    """Write and show the table; after a search, test the row that validation chose."""
+    """Write and show the table; after a search with the row that validation chose, which is tested unless the table alone is asked for."""
     text, content = table_of(sweep, options.out, options.only, options.seeds)
-    if sweep.is_search and content and not options.table_only:
-        for data in sweep.data:
-            best = max((entry for entry in content if entry["data"] == data), key=lambda entry: entry[CHOSEN_BY])
-            row = next(row for row in sweep.rows if row.name == best["row"])
-            chosen = Row(f"chosen: {row.name}", row.settings | {"test": True})
-            tested = Sweep({data: sweep.data[data]}, sweep.base, sweep.seeds, [chosen], False)
-            for run in runs_of(tested, options.out, [], options.seeds):
-                train(tested, run, folders[data])
-            more, entries = table_of(tested, options.out, [], options.seeds)
-            text, content = text + "\nThe one with the best validation NDCG@10, on the test split:\n\n" + more, content + entries
+    for data, row in chosen_of(sweep, content).items():
+        tested = Sweep({data: sweep.data[data]}, sweep.base, sweep.seeds, [row], False)
+        for run in () if options.table_only else runs_of(tested, options.out, [], options.seeds):
+            train(tested, run, folders[data])
+        more, entries = table_of(tested, options.out, [], options.seeds)
+        more = more if entries else f"**{data}**: not tested yet ({row.name}).\n"
+        text, content = text + f"\nThe one with the best validation NDCG@10, on the test split:\n\n{more}", content + entries
     options.out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(options.out / "table.md", text + "\n")
     write_text_atomic(options.out / "table.json", json.dumps(content, indent=1))
     write_text_atomic(options.out / "curves.html", picture_of(sweep, options.out, options.only, options.seeds))
     print(text)
     return 0
+
+
+def chosen_of(sweep: Sweep, content: list[dict]) -> dict[str, Row]:
+    """Data set -> the row of a search with the best validation NDCG@10, to be tested; the test split's figures choose nothing."""
+    chosen = {}
+    for data in sweep.data if sweep.is_search else ():
+        entries = [entry for entry in content if entry["data"] == data and entry["split"] == "valid"]
+        if entries:
+            best = max(entries, key=lambda entry: entry[CHOSEN_BY])["row"]
+            row = next(row for row in sweep.rows if row.name == best)
+            chosen[data] = Row(f"chosen: {row.name}", row.settings | {"test": True})
+    return chosen
 
 
 def folder_of(sweep: Sweep, data: str, given: dict[str, str], out: Path) -> Path:

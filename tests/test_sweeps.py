@@ -1,7 +1,9 @@
 """experiments/run.py: a small sweep in child processes, its table by hand, going on after a stop, and the sweep files of the repository."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from conftest import ROOT
 from errors import UserError
 from ranks import Ranks
 from report_read import read_run
+from settings import load_config
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import run as sweeps
@@ -145,6 +148,56 @@ def test_a_search_looks_at_validation_only_until_one_is_chosen(tmp_path):
     sweep = sweeps.read_sweep(file)
     assert sweep.is_search and len(sweep.rows) == 4 and all(row.settings["test"] is False for row in sweep.rows)
     assert sweep.rows[1].name == "learning_rate=0.1 num_blocks=2"
+
+
+VALID, TEST = {0.1: 0.2, 0.2: 0.3, 0.3: 0.1}, {0.1: 0.25, 0.2: 0.15, 0.3: 0.35}  # the best on validation is the worst on the test
+
+
+def fake_main(calls):
+    """In place of main.py: a finished run whose NDCG@10 follows from learning rate and split alone; its settings go to `calls`."""
+
+    def call(command, **options):
+        config = load_config(["--config", command[command.index("--config") + 1]], environ={}).config
+        log = Path(command[command.index("--log_path") + 1])
+        log.mkdir(parents=True, exist_ok=True)
+        rate, test = config.training.learning_rate, config.eval.test
+        calls.append((rate, test, config.system.seed))
+        value = (TEST if test else VALID)[rate] + config.system.seed / 1000
+        metrics = {"split": "test" if test else "valid", "hr@10": value, "ndcg@10": value, "score": value}
+        (log / "metrics.json").write_text(json.dumps(metrics))
+        (log / "status.json").write_text(json.dumps({"state": "finished", "step": 3}))
+        return 0
+
+    return call
+
+
+def test_a_search_tests_what_validation_chose_and_nothing_else(tmp_path, monkeypatch, capsys):
+    file, out, calls = tmp_path / "s.yaml", tmp_path / "out", []
+    file.write_text("data: {d: ''}\nseeds: [1, 2]\nsearch: {learning_rate: [0.1, 0.2, 0.3]}\n")
+    monkeypatch.setattr(sweeps.subprocess, "call", fake_main(calls))
+    assert start(monkeypatch, file, "--out", out, "--data", f"d={tmp_path}") == 0
+    assert [(rate, seed) for rate, test, seed in calls if not test] == [(rate, seed) for rate in VALID for seed in (1, 2)]
+    assert [call for call in calls if call[1]] == calls[-2:] == [(0.2, True, 1), (0.2, True, 2)]
+    content, text = json.loads((out / "table.json").read_text()), (out / "table.md").read_text()
+    assert [entry["split"] for entry in content] == ["valid"] * 3 + ["test"]
+    assert content[-1]["row"] == "chosen: learning_rate=0.2" and content[-1]["ndcg@10"] == pytest.approx(0.1515)
+    assert text.count("| chosen: learning_rate=0.2 | 0.1515") == 1
+    # The table alone has that row too, and trains nothing; where it was not tested it says so.
+    assert start(monkeypatch, file, "--out", out, "--table_only") == 0 and len(calls) == 8
+    assert json.loads((out / "table.json").read_text()) == content and (out / "table.md").read_text() == text
+    shutil.rmtree(out / "d" / "chosen_learning_rate=0.2")
+    assert start(monkeypatch, file, "--out", out, "--table_only") == 0 and len(calls) == 8
+    assert "not tested yet (chosen: learning_rate=0.2)" in (out / "table.md").read_text()
+    assert json.loads((out / "table.json").read_text()) == content[:-1]
+
+
+def test_figures_of_the_test_split_choose_nothing(tmp_path):
+    rows = [sweeps.Row(name, {"test": False}) for name in "abc"]
+    content = [{"data": "d", "row": name, "split": split, "ndcg@10": value}
+               for name, split, value in (("a", "valid", 0.1), ("b", "test", 0.9), ("c", "valid", 0.2))]  # fmt: skip
+    search = sweeps.Sweep({"d": "", "e": ""}, "", [1], rows, True)
+    assert sweeps.chosen_of(search, content) == {"d": sweeps.Row("chosen: c", {"test": True})}
+    assert sweeps.chosen_of(search, content[1:2]) == sweeps.chosen_of(search._replace(is_search=False), content) == {}
 
 
 @pytest.mark.parametrize(("text", "message"), [
