@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,13 +42,12 @@ import yaml
 
 from charts import lines
 from atomic import write_text_atomic
-from config import KEYS, Config, with_values
+from config import KEYS, Config, PathsConfig, with_values
 from errors import ArgumentParser, UserError, run_cli
 from metrics import nested_interval, paired_bootstrap
 from report_compare import gains
 from report_html import page, section
 from report_read import Run, curve, data_of, read_run
-from runs import environment
 from settings import dump_yaml, load_config
 from store import fingerprint_of
 
@@ -135,8 +135,8 @@ def state_of(run: One, config: Config, folder: Path) -> str:
     known = data_of(found)
     if known and known not in (str(folder), fingerprint := fingerprint_of(folder, config.data.max_bad_lines)):
         # It may have taken hours: a slip in --data must not train over it.
-        raise UserError(f"{run.folder}: a run of other data (store {known}) than {folder} (store {fingerprint}), or of these files before they"
-                        " were written anew.\nGive another --out; or remove that folder, then it is trained anew.")  # fmt: skip
+        raise UserError(f"{run.folder}: a run of other data (store {known}) than {folder} (store {fingerprint}), or of these files"
+                        " before they were written anew.\nGive another --out; or remove that folder, then it is trained anew.")  # fmt: skip
     return "done" if found.status.get("state") == "finished" else "unfinished"
 
 
@@ -282,23 +282,57 @@ def picture_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> st
     return page("Learning curves", out.name, time.strftime("%Y-%m-%d"), [("Curves", section("Curves", *charts))])
 
 
-def write_rows(sweep: Sweep, path: Path) -> None:
-    """configs/experiments/<sweep>-<row>.yaml: a file a row, with command, commit, machine and date in its header."""
-    machine, plain = environment(), Config().to_dict()
+def write_rows(sweep: Sweep, path: Path, out: Path, only: list[str], seeds: list[int]) -> None:
+    """configs/experiments/<sweep>-<row>.yaml: a file a row, with all settings but the paths, so that no later default changes its meaning.
+
+    They are those that the row's finished runs in `out` were made with (the sweep file's, if some run has them); where there is no run,
+    those of the sweep file. The header says which, and the runs' commits, dates and machines.
+    """
     target = ROOT / "configs" / "experiments"
-    target.mkdir(exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    found = finished(sweep, out, only, seeds)
     for row in sweep.rows:
+        if only and row.name not in only:
+            continue
         file = target / f"{path.stem}-{re.sub(r'[^0-9a-zA-Z.=-]+', '_', row.name)}.yaml"
-        place = f"{machine['cpu']}, {machine['cpus']} cores, torch {machine['torch']}"
-        header = [f"# Row {row.name!r} of {path.name}.", f"#   python main.py --config configs/experiments/{file.name} --data_path FOLDER",
-                  f"# Commit {machine['commit']}, {time.strftime('%Y-%m-%d')}, {place}. Seeds {sweep.seeds}."]  # fmt: skip
-        config = settings_of(sweep, row)
-        changed = {
-            group: {key: value for key, value in values.items() if value != plain[group][key]} for group, values in config.to_dict().items()
-        }
-        text = yaml.safe_dump({group: values for group, values in changed.items() if values}, sort_keys=False)
-        write_text_atomic(file, "\n".join(header) + "\n" + text)
+        runs = [(data, seed, run) for data in sweep.data for seed, run in found.get((data, row.name), {}).items()]
+        asked = without_place(settings_of(sweep, row))
+        made = [without_place(load_config(["--config", str(run.folder / "config.resolved.yaml")], environ={}).config) for *_, run in runs]
+        taken = made[0] if made and asked not in made else asked
+        same = [run for run, config in zip(runs, made) if config == taken]
+        header = [f"Row {row.name!r} of {path.name}: all its settings but the paths.",
+                  f"  python main.py --config configs/experiments/{file.name} --data_path FOLDER",
+                  *(origins_of(same) or [f"Not run: no finished run of it in {out}."])]  # fmt: skip
+        header += [f"Left out: the run on {data}, seed {seed}, which had another {', '.join(differing(config, taken))}."
+                   for (data, seed, _), config in zip(runs, made) if config != taken]  # fmt: skip
+        if taken != asked:
+            header.append(f"The sweep file and the defaults ask for another {', '.join(differing(asked, taken))} by now.")
+        whole = dump_yaml(with_values(taken, seed=same[0][1] if same else (seeds or sweep.seeds)[0])).splitlines()
+        values = [line for line in whole if line and not line.lstrip().startswith("#")]
+        write_text_atomic(file, "\n".join([*(f"# {line}" for line in header), *values[: values.index("paths:")]]) + "\n")
         print(f"written: {file}")
+
+
+def without_place(config: Config) -> Config:
+    """What two runs of a row have alike: all but the paths and the seed."""
+    return with_values(replace(config, paths=PathsConfig()), seed=0)
+
+
+def differing(config: Config, other: Config) -> list[str]:
+    return [name for name in KEYS if config.get(name) != other.get(name)]
+
+
+def origins_of(runs: list[tuple[str, int, Run]]) -> list[str]:
+    """A line for each data set, day, commit and machine that the runs (data set, seed, run) were made with."""
+    seeds: dict[tuple, list[int]] = {}
+    for data, seed, run in runs:
+        of = {key: run.environment.get(key) or f"{key} unknown" for key in ("commit", "cpu", "cpus", "device", "torch")}
+        place = f"{of['cpu']}, {of['cpus']} cores, {of['device']}, torch {of['torch']}"
+        seeds.setdefault((data, str(run.status.get("time", "date unknown"))[:10], of["commit"], place), []).append(seed)
+    return [
+        f"Run on {data}, seeds {' '.join(map(str, of))}: {day}, commit {commit}, {place}."
+        for (data, day, commit, place), of in seeds.items()
+    ]
 
 
 def main() -> int:
@@ -323,7 +357,7 @@ def main() -> int:
     for row in sweep.rows:
         settings_of(sweep, row)  # all mistakes before the first run
     if options.write_rows:
-        write_rows(sweep, options.sweep)
+        write_rows(sweep, options.sweep, options.out, options.only, options.seeds)
         return 0
     folders = {} if options.table_only else {data: folder_of(sweep, data, given, options.out) for data in sweep.data}
     runs = [] if options.table_only else list(runs_of(sweep, options.out, options.only, options.seeds))

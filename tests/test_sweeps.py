@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT
 
+from config import KEYS, Config, with_values
 from errors import UserError
 from ranks import Ranks
 from report_read import read_run
-from settings import load_config
+from settings import dump_yaml, load_config
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import run as sweeps
@@ -153,6 +155,9 @@ def test_a_search_looks_at_validation_only_until_one_is_chosen(tmp_path):
 VALID, TEST = {0.1: 0.2, 0.2: 0.3, 0.3: 0.1}, {0.1: 0.25, 0.2: 0.15, 0.3: 0.35}  # the best on validation is the worst on the test
 
 
+MADE = {"cpu": "A CPU", "cpus": 4, "device": "cpu", "torch": "2.99"}
+
+
 def fake_main(calls):
     """In place of main.py: a finished run whose NDCG@10 follows from learning rate and split alone; its settings go to `calls`."""
 
@@ -165,7 +170,9 @@ def fake_main(calls):
         value = (TEST if test else VALID)[rate] + config.system.seed / 1000
         metrics = {"split": "test" if test else "valid", "hr@10": value, "ndcg@10": value, "score": value}
         (log / "metrics.json").write_text(json.dumps(metrics))
-        (log / "status.json").write_text(json.dumps({"state": "finished", "step": 3}))
+        (log / "environment.json").write_text(json.dumps(MADE | {"commit": "beef"}))
+        (log / "config.resolved.yaml").write_text(dump_yaml(with_values(config, log_path=str(log))))
+        (log / "status.json").write_text(json.dumps({"state": "finished", "step": 3, "time": "2020-02-02T02:02:02+00:00"}))
         return 0
 
     return call
@@ -218,11 +225,50 @@ def test_sweeps_of_the_repository_are_valid(path):
         sweeps.settings_of(sweep, row)
 
 
-def test_rows_are_written_as_settings_files(tmp_path, monkeypatch, capsys):
+def rows_written(file, out, monkeypatch, *more):
+    """The files that --write_rows makes: name -> (header, settings)."""
+    monkeypatch.setattr(sweeps, "ROOT", out / "root")
+    assert start(monkeypatch, file, "--out", out, "--write_rows", *more) == 0
+    files = sorted((out / "root" / "configs" / "experiments").iterdir())
+    texts = [file.read_text() for file in files]
+    headers = ["".join(line for line in text.splitlines(keepends=True) if line.startswith("#")) for text in texts]
+    assert all(set(KEYS) - set(PATHS) == {key for group in yaml.safe_load(text).values() for key in group} for text in texts)
+    configs = [load_config(["--config", str(file)], environ={}).config for file in files]
+    return {file.name: (header, config) for file, header, config in zip(files, headers, configs, strict=True)}
+
+
+PATHS = [name for name, key in KEYS.items() if key.group == "paths"]
+
+
+def test_rows_are_written_whole(tmp_path, monkeypatch, capsys):
     file = tmp_path / "small.yaml"
     file.write_text(SWEEP)
-    monkeypatch.setattr(sweeps, "ROOT", tmp_path)
-    (tmp_path / "configs").mkdir()
-    assert start(monkeypatch, file, "--out", tmp_path, "--write_rows") == 0
-    written = (tmp_path / "configs" / "experiments" / "small-two.yaml").read_text()
-    assert written.startswith("# Row 'two' of small.yaml.") and "learning_rate: 0.1" in written and "Commit" in written
+    written = rows_written(file, tmp_path, monkeypatch)
+    header, config = written["small-two.yaml"]
+    assert len(written) == 2 and header.startswith("# Row 'two' of small.yaml") and "--config configs/experiments/small-two.yaml" in header
+    assert "Not run: no finished run of it in" in header and "commit" not in header
+    sweep = sweeps.read_sweep(file)
+    assert config == with_values(sweeps.settings_of(sweep, sweep.rows[1]), seed=1) and config.training.learning_rate == 0.1
+    assert rows_written(file, tmp_path / "some", monkeypatch, "--only", "two", "--seeds", 5)["small-two.yaml"][1].system.seed == 5
+    assert not (tmp_path / "some" / "root" / "configs" / "experiments" / "small-one.yaml").exists()
+
+
+def test_rows_are_written_as_their_runs_were_made(tmp_path, monkeypatch, capsys):
+    file, out = tmp_path / "small.yaml", tmp_path / "out"
+    file.write_text("data: {d: ''}\nseeds: [1, 2, 3]\nrows: {a row: {learning_rate: 0.1}}\n")
+    monkeypatch.setattr(sweeps.subprocess, "call", fake_main([]))
+    assert start(monkeypatch, file, "--out", out, "--data", f"d={tmp_path}") == 0
+    log = out / "d" / "a_row" / "seed3" / "log"
+    (log / "environment.json").write_text(json.dumps(MADE | {"commit": "cafe"}))
+    header, config = rows_written(file, out, monkeypatch)["small-a_row.yaml"]
+    assert "# Run on d, seeds 1 2: 2020-02-02, commit beef, A CPU, 4 cores, cpu, torch 2.99." in header and "Not run" not in header
+    assert "# Run on d, seeds 3: 2020-02-02, commit cafe, A CPU" in header and "by now" not in header and "Left out" not in header
+    assert config == with_values(Config(), learning_rate=0.1, seed=1)
+    # One of other settings is left out; the sweep file's settings come first, and where no run has them, the runs'.
+    resolved = log / "config.resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("learning_rate: 0.1", "learning_rate: 0.3", 1))
+    header, config = rows_written(file, out, monkeypatch)["small-a_row.yaml"]
+    assert "Left out: the run on d, seed 3, which had another learning_rate." in header and "cafe" not in header
+    file.write_text(file.read_text().replace("0.1", "0.2"))
+    header, config = rows_written(file, out, monkeypatch)["small-a_row.yaml"]
+    assert config.training.learning_rate == 0.1 and "The sweep file and the defaults ask for another learning_rate by now." in header
