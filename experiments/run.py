@@ -20,7 +20,6 @@ within each drawn seed where the seeds' users differ (holdout).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import re
@@ -126,8 +125,11 @@ def runs_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> Itera
 
 def state_of(run: One, config: Config, folder: Path) -> str:
     """ "done", "unfinished" or "missing"; a folder of other settings is "missing" and is made anew. UserError for a run of other data."""
-    note = run.folder / "sweep.json"
-    if not note.is_file() or json.loads(note.read_text())["settings"] != hash_of(config):
+    try:  # by value: a text's hash would change with the documentation in it, and finished runs be trained over
+        made = load_config(["--config", str(run.folder / "settings.yaml")], environ={}).config
+    except UserError:
+        return "missing"  # no such file, or of keys that are gone
+    if made != config:
         return "missing"
     found = read_run(run.folder / "log", log=False)
     if not found.status:
@@ -138,10 +140,6 @@ def state_of(run: One, config: Config, folder: Path) -> str:
         raise UserError(f"{run.folder}: a run of other data (store {known}) than {folder} (store {fingerprint}), or of these files"
                         " before they were written anew.\nGive another --out; or remove that folder, then it is trained anew.")  # fmt: skip
     return "done" if found.status.get("state") == "finished" else "unfinished"
-
-
-def hash_of(config: Config) -> str:
-    return hashlib.sha256(dump_yaml(config).encode()).hexdigest()
 
 
 def config_of(sweep: Sweep, run: One) -> Config:
@@ -157,8 +155,6 @@ def train(sweep: Sweep, run: One, folder: Path) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     file = run.folder / "settings.yaml"
     write_text_atomic(file, dump_yaml(config))
-    told = {"settings": hash_of(config), "row": run.row.name, "data": run.data, "seed": run.seed}
-    write_text_atomic(run.folder / "sweep.json", json.dumps(told))
     places = {"--data_path": folder, "--log_path": run.folder / "log", "--checkpoint_path": run.folder / "checkpoints",
               "--tensorboard_path": run.folder / "tensorboard"}  # fmt: skip
     flags = [str(word) for pair in places.items() for word in pair]

@@ -65,6 +65,10 @@ def test_a_sweep_goes_on_and_its_table_is_right(tmp_path, monkeypatch, capsys):
     (out / "data" / "tiny").rename(tmp_path / "moved")
     start(monkeypatch, file, "--out", out, "--only", "one", "--seeds", 1, "--data", f"tiny={tmp_path / 'moved'}")
     assert len(calls) == 1
+    settings = out / "tiny" / "one" / "seed1" / "settings.yaml"  # the documentation in it is no setting
+    settings.write_text(settings.read_text().replace("# Seed of", "# The seed of"))
+    start(monkeypatch, file, "--out", out, "--only", "one", "--seeds", 1, "--data", f"tiny={tmp_path / 'moved'}")
+    assert len(calls) == 1
     file.write_text(SWEEP.replace("0.1}", "0.2}"))  # other settings: the run is made anew
     start(monkeypatch, file, "--out", out, "--seeds", 1, "--data", f"tiny={tmp_path / 'moved'}")
     assert len(calls) == 2 and calls[1][-1] == "--overwrite"
