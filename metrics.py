@@ -1,7 +1,7 @@
 """Ranking metrics: ranks, hit rate, NDCG, the competition's score, and a bootstrap for comparing two rankers.
 
 Must not rank, load or log anything. The score's and the rounds' weights live here and nowhere else. Sums and counts are kept in float64;
-nothing is a mean of means.
+nothing is a mean of means, that of several runs apart.
 
 Legend: B users (samples), K places of a ranking, R runs (seeds).
 
@@ -11,6 +11,8 @@ ties.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -149,7 +151,35 @@ def paired_interval(
     """
     if difference.ndim != 1 or not len(difference):
         raise ValueError(f"paired_interval: expected differences (B,) of at least one user, found shape {difference.shape}.")
+    means = _drawn_means(difference, num_samples, np.random.default_rng(seed))
+    return float(difference.mean()), *_ends(means, confidence)
+
+
+def nested_interval(
+    differences: Sequence[np.ndarray], num_samples: int = 2000, seed: int = 0, *, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """`paired_bootstrap` of runs over users of their own: (mean, lower, upper end) of the mean of the runs' mean differences.
+
+    differences: a run each, (B_r,) of two rankers user by user. Runs are drawn with replacement, and within each drawn run its users.
+    A user of several runs counts as another one in each: where all runs have the same users, `paired_bootstrap` is right.
+    """
+    if not len(differences) or any(difference.ndim != 1 or not len(difference) for difference in differences):
+        raise ValueError(f"nested_interval: expected (B,) of at least one user a run, found {[d.shape for d in differences]}.")
+    num_runs, rng = len(differences), np.random.default_rng(seed)
+    drawn = rng.integers(num_runs, size=(num_runs, num_samples))
+    means = np.zeros(num_samples)
+    for chosen in drawn:  # a run that is drawn twice gets other users each time
+        of_runs = np.stack([_drawn_means(difference, num_samples, rng) for difference in differences])  # (R, num_samples)
+        means += of_runs[chosen, np.arange(num_samples)] / num_runs
+    return float(np.mean([difference.mean() for difference in differences])), *_ends(means, confidence)
+
+
+def _drawn_means(difference: np.ndarray, num_samples: int, rng: np.random.Generator) -> np.ndarray:
+    """(num_samples,) means of users drawn with replacement from difference (B,)."""
     values, counts = np.unique(difference, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), size=num_samples)
-    low, high = np.quantile(drawn @ values / len(difference), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(difference.mean()), float(low), float(high)
+    return rng.multinomial(len(difference), counts / len(difference), size=num_samples) @ values / len(difference)
+
+
+def _ends(means: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

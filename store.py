@@ -174,6 +174,11 @@ def is_compiled(data_path: str | Path, cache_path: str | Path, *, embeddings: Se
     return True
 
 
+def fingerprint_of(data_path: str | Path, max_bad_lines: int = 0) -> str:
+    """The fingerprint that open_store's store of a data folder for training has; compiles nothing. It depends on the files' times too."""
+    return _fingerprint(find_source(Path(data_path), "train"), max_bad_lines)
+
+
 def _fingerprint(source: Source, max_bad_lines: int) -> str:
     facts = file_facts(source.files, source.data_path)
     return digest([STORE_VERSION, source.kind, source.layout, source.schema.to_dict(), facts, max_bad_lines])

@@ -13,13 +13,13 @@ A sweep file:
   rows:     {name: {key: value}}, besides `against: other row` (whose interval is given) and `from: other row` (whose settings come first)
   search:   {key: [values]} in place of rows: every combination is a row, trained with --no-test; the best on validation is then tested
 
-Intervals: 95 % paired bootstrap over users and seeds of a row's NDCG@10 less that of its `against`.
+Intervals: 95 % paired bootstrap of a row's NDCG@10 less that of its `against`, over the seeds that both have: seeds are drawn, and users,
+within each drawn seed where the seeds' users differ (holdout).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import re
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,17 +41,18 @@ import yaml
 
 from charts import lines
 from atomic import write_text_atomic
-from config import KEYS, Config, with_values
+from config import KEYS, Config, PathsConfig, with_values
 from errors import ArgumentParser, UserError, run_cli
-from metrics import paired_bootstrap
+from metrics import nested_interval, paired_bootstrap
 from report_compare import gains
 from report_html import page, section
-from report_read import Run, curve, read_run
-from runs import environment
+from report_read import Run, curve, data_of, read_run
 from settings import dump_yaml, load_config
+from store import fingerprint_of
 
 SWEEP_KEYS = ("data", "base", "settings", "seeds", "rows", "search")
 METRICS = ("hr@10", "ndcg@10", "score")
+ORIGINS = ("commit", "store")  # of a row's runs; columns of the table where they differ
 CHOSEN_BY = "ndcg@10"  # on validation, in a search
 
 
@@ -100,7 +102,7 @@ def read_sweep(path: Path) -> Sweep:
     return Sweep(dict(tree["data"]), tree.get("base") or "", list(tree.get("seeds") or [1]), rows, "search" in tree)
 
 
-def settings_of(sweep: Sweep, row: Row):
+def settings_of(sweep: Sweep, row: Row) -> Config:
     """The row's whole configuration; UserError where a value does not fit."""
     base = load_config(["--config", str(ROOT / sweep.base)] if sweep.base else [], environ={}, default_file=ROOT / "nowhere.yaml").config
     return with_values(base, **row.settings)
@@ -121,26 +123,38 @@ def runs_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> Itera
             yield One(row, data, seed, out / data / re.sub(r"[^\w.=-]+", "_", row.name) / f"seed{seed}")
 
 
-def state_of(run: One, wanted: str) -> str:
-    """ "done", "unfinished" or "missing"; a folder of other settings is "missing" and is made anew."""
-    note = run.folder / "sweep.json"
-    if not note.is_file() or json.loads(note.read_text())["settings"] != wanted:
+def state_of(run: One, config: Config, folder: Path) -> str:
+    """ "done", "unfinished" or "missing"; a folder of other settings is "missing" and is made anew. UserError for a run of other data."""
+    try:  # by value: a text's hash would change with the documentation in it, and finished runs be trained over
+        made = load_config(["--config", str(run.folder / "settings.yaml")], environ={}).config
+    except UserError:
+        return "missing"  # no such file, or of keys that are gone
+    if made != config:
         return "missing"
-    finished = read_run(run.folder / "log", log=False).status.get("state") == "finished"
-    return "done" if finished else "unfinished" if (run.folder / "log" / "status.json").is_file() else "missing"
+    found = read_run(run.folder / "log", log=False)
+    if not found.status:
+        return "missing"
+    known = data_of(found)
+    if known and known not in (str(folder), fingerprint := fingerprint_of(folder, config.data.max_bad_lines)):
+        # It may have taken hours: a slip in --data must not train over it.
+        raise UserError(f"{run.folder}: a run of other data (store {known}) than {folder} (store {fingerprint}), or of these files"
+                        " before they were written anew.\nGive another --out; or remove that folder, then it is trained anew.")  # fmt: skip
+    return "done" if found.status.get("state") == "finished" else "unfinished"
+
+
+def config_of(sweep: Sweep, run: One) -> Config:
+    return with_values(settings_of(sweep, run.row), seed=run.seed)
 
 
 def train(sweep: Sweep, run: One, folder: Path) -> None:
     """Make the run, or go on with it. RuntimeError when main.py fails; KeyboardInterrupt goes through to it and stops the sweep."""
-    config = settings_of(sweep, run.row)
-    wanted = hashlib.sha256(dump_yaml(with_values(config, seed=run.seed)).encode()).hexdigest()
-    state = state_of(run, wanted)
+    config = config_of(sweep, run)
+    state = state_of(run, config, folder)
     if state == "done":
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     file = run.folder / "settings.yaml"
-    write_text_atomic(file, dump_yaml(with_values(config, seed=run.seed)))
-    write_text_atomic(run.folder / "sweep.json", json.dumps({"settings": wanted, "row": run.row.name, "data": run.data, "seed": run.seed}))
+    write_text_atomic(file, dump_yaml(config))
     places = {"--data_path": folder, "--log_path": run.folder / "log", "--checkpoint_path": run.folder / "checkpoints",
               "--tensorboard_path": run.folder / "tensorboard"}  # fmt: skip
     flags = [str(word) for pair in places.items() for word in pair]
@@ -155,25 +169,50 @@ def train(sweep: Sweep, run: One, folder: Path) -> None:
 # ---- what came of it ----
 
 
-def result_of(runs: list[Run], key: str) -> np.ndarray:
-    return np.array([run.metrics[key] for run in runs], dtype=np.float64)
+Seeds = dict[int, Run]  # a row's finished runs on one data set, by seed
 
 
-def interval(runs: list[Run], others: list[Run]) -> tuple[float, float, float] | None:
-    """Mean and ends of the paired difference in NDCG@10, over users and seeds; None without ranks of the same users on both sides."""
-    if len(runs) != len(others) or any(run.ranks is None for run in (*runs, *others)):
+def finished(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> dict[tuple[str, str], Seeds]:
+    """(data set, row) -> its runs that are finished and have metrics."""
+    found: dict[tuple[str, str], Seeds] = {}
+    for run in runs_of(sweep, out, only, seeds):
+        one = read_run(run.folder / "log")
+        if one.status.get("state") == "finished" and one.metrics:
+            found.setdefault((run.data, run.row.name), {})[run.seed] = one
+    return found
+
+
+def result_of(runs: Seeds, key: str) -> np.ndarray:
+    return np.array([run.metrics[key] for run in runs.values()], dtype=np.float64)
+
+
+def pairs_of(runs: Seeds, others: Seeds) -> dict[int, tuple[Run, Run]]:
+    """The runs of two rows of the seeds that both have."""
+    return {seed: (runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())}
+
+
+def interval(runs: Seeds, others: Seeds) -> tuple[float, float, float] | None:
+    """Mean and ends of the paired difference in NDCG@10, over the seeds that both have and their users.
+
+    A holdout's users are drawn by the seed, so that only the two runs of a seed need the same ones; None where they have not, for runs of
+    different data, and without ranks.
+    """
+    pairs = pairs_of(runs, others).values()
+    if not pairs or any(run.ranks is None for pair in pairs for run in pair) or len({data_of(run) for pair in pairs for run in pair}) > 1:
         return None
-    users = runs[0].ranks.user
-    if any(not np.array_equal(run.ranks.user, users) for run in (*runs, *others)):
+    users = [run.ranks.user for run, _ in pairs]
+    if any(not np.array_equal(other.ranks.user, of_run) for of_run, (_, other) in zip(users, pairs)):
         return None
-    ours, theirs = (torch.from_numpy(np.stack([gains(run.ranks.rank, "ndcg@10") for run in side])) for side in (runs, others))
-    return paired_bootstrap(ours, theirs)
+    ours, theirs = ([gains(run.ranks.rank, "ndcg@10") for run in side] for side in zip(*pairs))
+    if all(np.array_equal(of_run, users[0]) for of_run in users):
+        return paired_bootstrap(*(torch.from_numpy(np.stack(side)) for side in (ours, theirs)))
+    return nested_interval([a - b for a, b in zip(ours, theirs)])
 
 
-def steps_to(runs: list[Run], others: list[Run]) -> int | None:
+def steps_to(runs: Seeds, others: Seeds) -> int | None:
     """The mean of the first steps at which validation NDCG@10 reaches the others' best of the same seed; None where one never does."""
     found = []
-    for run, other in zip(runs, others):
+    for run, other in pairs_of(runs, others).values():
         best = max((value for _, value in curve(other, "ndcg@10", "valid")), default=float("inf"))
         found.append(next((step for step, value in curve(run, "ndcg@10", "valid") if value >= best), None))
     return None if not found or None in found else round(sum(found) / len(found))
@@ -181,37 +220,49 @@ def steps_to(runs: list[Run], others: list[Run]) -> int | None:
 
 def table_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> tuple[str, list[dict]]:
     """The table in Markdown and its content, of the runs that are finished."""
-    found: dict[tuple[str, str], list[Run]] = {}
-    for run in runs_of(sweep, out, only, seeds):
-        one = read_run(run.folder / "log")
-        if one.status.get("state") == "finished" and one.metrics:
-            found.setdefault((run.data, run.row.name), []).append(one)
+    found = finished(sweep, out, only, seeds)
     content, text = [], []
     for data in sweep.data:
-        header = ("row", *(METRICS), "seeds", "less", "95 % interval of NDCG@10", "minutes", "steps", "steps to its best validation")
+        header = ["row", *METRICS, "seeds", "less", "95 % interval of NDCG@10", "minutes", "steps", "steps to its best validation"]
+        rows = [
+            (row, *row_of(row, runs, found.get((data, row.against), {}))) for row in sweep.rows if (runs := found.get((data, row.name)))
+        ]
+        several = [key for key in ORIGINS if len({origin for _, entry, _ in rows for origin in entry[key]}) > 1]
+        header += several
         text += [f"**{data}**", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        for row in sweep.rows:
-            runs = found.get((data, row.name))
-            if not runs:
-                continue
-            entry = {"data": data, "row": row.name, "seeds": len(runs), "split": runs[0].metrics["split"], "against": row.against}
-            cells = []
-            for key in METRICS:
-                values = result_of(runs, key)
-                entry[key], entry[f"{key}.sd"] = float(values.mean()), float(values.std(ddof=1)) if len(runs) > 1 else None
-                cells.append(f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(runs) > 1 else ""))
-            others = found.get((data, row.against), [])
-            between = interval(runs, others) if others else None
-            entry["difference"] = between
-            minutes = float(np.mean([run.seconds or 0.0 for run in runs]) / 60)
-            entry["minutes"], entry["steps"] = minutes, int(np.mean([run.status.get("step", 0) for run in runs]))
-            words = "" if between is None else f"{between[0]:+.4f} ({between[1]:+.4f} to {between[2]:+.4f})"
-            entry["steps_to_reach"] = reach = steps_to(runs, others)
-            cells += [len(runs), row.against, words, f"{minutes:.1f}", entry["steps"], "" if reach is None else reach]
+        for row, entry, cells in rows:
+            cells += [", ".join(map(short, entry[key])) for key in several]
             text.append(f"| {row.name} | {' | '.join(map(str, cells))} |")
-            content.append(entry)
+            content.append({"data": data} | entry)
         text.append("")
     return "\n".join(text), content
+
+
+def short(origin: str) -> str:
+    """A commit in ten digits and what is behind them, a store's fingerprint or a path as they are."""
+    return re.sub(r"^([0-9a-f]{10})[0-9a-f]{30}", r"\1", origin)
+
+
+def row_of(row: Row, runs: Seeds, others: Seeds) -> tuple[dict, list]:
+    """A row of the table: its content, and its cells behind the name."""
+    some = list(runs.values())
+    entry = {"row": row.name, "seeds": len(runs), "split": some[0].metrics["split"], "against": row.against}
+    cells: list = []
+    for key in METRICS:
+        values = result_of(runs, key)
+        entry[key], entry[f"{key}.sd"] = float(values.mean()), float(values.std(ddof=1)) if len(runs) > 1 else None
+        cells.append(f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(runs) > 1 else ""))
+    entry["paired_seeds"] = paired = list(pairs_of(runs, others))
+    entry["difference"] = between = interval(runs, others)
+    words = "" if between is None else f"{between[0]:+.4f} ({between[1]:+.4f} to {between[2]:+.4f})"
+    if between is not None and not len(paired) == len(runs) == len(others):
+        words += f", seed{'s' if len(paired) > 1 else ''} {' '.join(map(str, paired))}"
+    entry["commit"] = sorted({str(run.environment.get("commit") or "unknown") for run in some})
+    entry["store"] = sorted({data_of(run) or "unknown" for run in some})
+    entry["minutes"] = minutes = float(np.mean([run.seconds or 0.0 for run in some]) / 60)
+    entry["steps"] = int(np.mean([run.status.get("step", 0) for run in some]))
+    entry["steps_to_reach"] = reach = steps_to(runs, others)
+    return entry, [*cells, len(runs), row.against, words, f"{minutes:.1f}", entry["steps"], "" if reach is None else reach]
 
 
 def picture_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> str:
@@ -227,23 +278,57 @@ def picture_of(sweep: Sweep, out: Path, only: list[str], seeds: list[int]) -> st
     return page("Learning curves", out.name, time.strftime("%Y-%m-%d"), [("Curves", section("Curves", *charts))])
 
 
-def write_rows(sweep: Sweep, path: Path) -> None:
-    """configs/experiments/<sweep>-<row>.yaml: a file a row, with command, commit, machine and date in its header."""
-    machine, plain = environment(), Config().to_dict()
+def write_rows(sweep: Sweep, path: Path, out: Path, only: list[str], seeds: list[int]) -> None:
+    """configs/experiments/<sweep>-<row>.yaml: a file a row, with all settings but the paths, so that no later default changes its meaning.
+
+    They are those that the row's finished runs in `out` were made with (the sweep file's, if some run has them); where there is no run,
+    those of the sweep file. The header says which, and the runs' commits, dates and machines.
+    """
     target = ROOT / "configs" / "experiments"
-    target.mkdir(exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    found = finished(sweep, out, only, seeds)
     for row in sweep.rows:
+        if only and row.name not in only:
+            continue
         file = target / f"{path.stem}-{re.sub(r'[^0-9a-zA-Z.=-]+', '_', row.name)}.yaml"
-        place = f"{machine['cpu']}, {machine['cpus']} cores, torch {machine['torch']}"
-        header = [f"# Row {row.name!r} of {path.name}.", f"#   python main.py --config configs/experiments/{file.name} --data_path FOLDER",
-                  f"# Commit {machine['commit']}, {time.strftime('%Y-%m-%d')}, {place}. Seeds {sweep.seeds}."]  # fmt: skip
-        config = settings_of(sweep, row)
-        changed = {
-            group: {key: value for key, value in values.items() if value != plain[group][key]} for group, values in config.to_dict().items()
-        }
-        text = yaml.safe_dump({group: values for group, values in changed.items() if values}, sort_keys=False)
-        write_text_atomic(file, "\n".join(header) + "\n" + text)
+        runs = [(data, seed, run) for data in sweep.data for seed, run in found.get((data, row.name), {}).items()]
+        asked = without_place(settings_of(sweep, row))
+        made = [without_place(load_config(["--config", str(run.folder / "config.resolved.yaml")], environ={}).config) for *_, run in runs]
+        taken = made[0] if made and asked not in made else asked
+        same = [run for run, config in zip(runs, made) if config == taken]
+        header = [f"Row {row.name!r} of {path.name}: all its settings but the paths.",
+                  f"  python main.py --config configs/experiments/{file.name} --data_path FOLDER",
+                  *(origins_of(same) or [f"Not run: no finished run of it in {out}."])]  # fmt: skip
+        header += [f"Left out: the run on {data}, seed {seed}, which had another {', '.join(differing(config, taken))}."
+                   for (data, seed, _), config in zip(runs, made) if config != taken]  # fmt: skip
+        if taken != asked:
+            header.append(f"The sweep file and the defaults ask for another {', '.join(differing(asked, taken))} by now.")
+        whole = dump_yaml(with_values(taken, seed=same[0][1] if same else (seeds or sweep.seeds)[0])).splitlines()
+        values = [line for line in whole if line and not line.lstrip().startswith("#")]
+        write_text_atomic(file, "\n".join([*(f"# {line}" for line in header), *values[: values.index("paths:")]]) + "\n")
         print(f"written: {file}")
+
+
+def without_place(config: Config) -> Config:
+    """What two runs of a row have alike: all but the paths and the seed."""
+    return with_values(replace(config, paths=PathsConfig()), seed=0)
+
+
+def differing(config: Config, other: Config) -> list[str]:
+    return [name for name in KEYS if config.get(name) != other.get(name)]
+
+
+def origins_of(runs: list[tuple[str, int, Run]]) -> list[str]:
+    """A line for each data set, day, commit and machine that the runs (data set, seed, run) were made with."""
+    seeds: dict[tuple, list[int]] = {}
+    for data, seed, run in runs:
+        of = {key: run.environment.get(key) or f"{key} unknown" for key in ("commit", "cpu", "cpus", "device", "torch")}
+        place = f"{of['cpu']}, {of['cpus']} cores, {of['device']}, torch {of['torch']}"
+        seeds.setdefault((data, str(run.status.get("time", "date unknown"))[:10], of["commit"], place), []).append(seed)
+    return [
+        f"Run on {data}, seeds {' '.join(map(str, of))}: {day}, commit {commit}, {place}."
+        for (data, day, commit, place), of in seeds.items()
+    ]
 
 
 def main() -> int:
@@ -268,33 +353,45 @@ def main() -> int:
     for row in sweep.rows:
         settings_of(sweep, row)  # all mistakes before the first run
     if options.write_rows:
-        write_rows(sweep, options.sweep)
+        write_rows(sweep, options.sweep, options.out, options.only, options.seeds)
         return 0
-    if not options.table_only:
-        for run in runs_of(sweep, options.out, options.only, options.seeds):
-            train(sweep, run, folder_of(sweep, run.data, given, options.out))
-    return finish(sweep, options, given)
+    folders = {} if options.table_only else {data: folder_of(sweep, data, given, options.out) for data in sweep.data}
+    runs = [] if options.table_only else list(runs_of(sweep, options.out, options.only, options.seeds))
+    for run in runs:
+        state_of(run, config_of(sweep, run), folders[run.data])  # one of other data is said before the first is trained
+    for run in runs:
+        train(sweep, run, folders[run.data])
+    return finish(sweep, options, folders)
 
 
-def finish(sweep: Sweep, options: argparse.Namespace, given: dict[str, str]) -> int:
-    """Write and show the table; after a search, test the row that validation chose."""
+def finish(sweep: Sweep, options: argparse.Namespace, folders: dict[str, Path]) -> int:
+    """Write and show the table; after a search with the row that validation chose, which is tested unless the table alone is asked for."""
     text, content = table_of(sweep, options.out, options.only, options.seeds)
-    if sweep.is_search and content and not options.table_only:
-        for data in sweep.data:
-            best = max((entry for entry in content if entry["data"] == data), key=lambda entry: entry[CHOSEN_BY])
-            row = next(row for row in sweep.rows if row.name == best["row"])
-            chosen = Row(f"chosen: {row.name}", row.settings | {"test": True})
-            tested = Sweep({data: sweep.data[data]}, sweep.base, sweep.seeds, [chosen], False)
-            for run in runs_of(tested, options.out, [], options.seeds):
-                train(tested, run, folder_of(sweep, data, given, options.out))
-            more, entries = table_of(tested, options.out, [], options.seeds)
-            text, content = text + "\nThe one with the best validation NDCG@10, on the test split:\n\n" + more, content + entries
+    for data, row in chosen_of(sweep, content).items():
+        tested = Sweep({data: sweep.data[data]}, sweep.base, sweep.seeds, [row], False)
+        for run in () if options.table_only else runs_of(tested, options.out, [], options.seeds):
+            train(tested, run, folders[data])
+        more, entries = table_of(tested, options.out, [], options.seeds)
+        more = more if entries else f"**{data}**: not tested yet ({row.name}).\n"
+        text, content = text + f"\nThe one with the best validation NDCG@10, on the test split:\n\n{more}", content + entries
     options.out.mkdir(parents=True, exist_ok=True)
     write_text_atomic(options.out / "table.md", text + "\n")
     write_text_atomic(options.out / "table.json", json.dumps(content, indent=1))
     write_text_atomic(options.out / "curves.html", picture_of(sweep, options.out, options.only, options.seeds))
     print(text)
     return 0
+
+
+def chosen_of(sweep: Sweep, content: list[dict]) -> dict[str, Row]:
+    """Data set -> the row of a search with the best validation NDCG@10, to be tested; the test split's figures choose nothing."""
+    chosen = {}
+    for data in sweep.data if sweep.is_search else ():
+        entries = [entry for entry in content if entry["data"] == data and entry["split"] == "valid"]
+        if entries:
+            best = max(entries, key=lambda entry: entry[CHOSEN_BY])["row"]
+            row = next(row for row in sweep.rows if row.name == best)
+            chosen[data] = Row(f"chosen: {row.name}", row.settings | {"test": True})
+    return chosen
 
 
 def folder_of(sweep: Sweep, data: str, given: dict[str, str], out: Path) -> Path:

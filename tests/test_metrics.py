@@ -121,3 +121,21 @@ def test_paired_interval_is_the_paired_bootstrap():
     for wrong in (np.zeros(0), np.zeros((2, 2))):
         with pytest.raises(ValueError, match="paired_interval"):
             metrics.paired_interval(wrong)
+
+
+def test_nested_interval_draws_runs_and_users_within_each():
+    random = np.random.default_rng(0)
+    # One run: paired_interval. Runs without spread within: what is left is the draw of two runs, (1, 1), (1, 3), (3, 1), (3, 3).
+    one = random.normal(0.1, 1.0, 500)
+    assert metrics.nested_interval([one], 4000)[1:] == pytest.approx(metrics.paired_interval(one, 4000)[1:], abs=0.01)
+    assert metrics.nested_interval([np.full(3, 1.0), np.full(7, 3.0)]) == (2.0, 1.0, 3.0)
+    assert metrics.nested_interval([np.full(2, 0.5)] * 40) == pytest.approx((0.5, 0.5, 0.5))
+    # Runs that differ by their users alone: each draw of 4 runs is of 4 * 300 users, besides the spread of the runs' own means.
+    runs = [random.normal(0.2, 1.0, 300) for _ in range(4)]
+    mean, low, high = metrics.nested_interval(runs, 4000)
+    width = 2 * 1.96 * np.sqrt(np.mean([run.var() for run in runs]) / 1200 + np.var([run.mean() for run in runs]) / 4)
+    assert mean == pytest.approx(np.mean([run.mean() for run in runs])) and high - low == pytest.approx(width, rel=0.1)
+    assert metrics.nested_interval(runs, seed=1) == metrics.nested_interval(runs, seed=1) != metrics.nested_interval(runs, seed=2)
+    for wrong in ([], [np.zeros(2), np.zeros(0)], [np.zeros((2, 2))]):
+        with pytest.raises(ValueError, match="nested_interval"):
+            metrics.nested_interval(wrong)

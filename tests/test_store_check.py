@@ -17,7 +17,7 @@ from raw_worlds import make_world, write_jsonl
 from test_store import with_vectors
 
 import store_check
-from store import Store, content_hash, is_compiled, open_store
+from store import Store, content_hash, fingerprint_of, is_compiled, open_store
 from store_check import CHUNK_BYTES, MANIFEST, VERIFIED, DamageError, StaleError, measure, note, read_sealed, verified, write_sealed
 
 
@@ -156,6 +156,7 @@ def test_a_warm_start_hashes_nothing_and_a_copy_is_hashed_once(data, built, tmp_
         hashed.clear()
     assert opened(data, tmp_path / "cache", verify_all=True).cache_hit and len(hashed) == len(files_of(built)) - 4
     assert is_compiled(data, tmp_path / "cache", embeddings=["81"])
+    assert (tmp_path / "cache" / f"store-{fingerprint_of(data)}").is_dir() and fingerprint_of(data) != fingerprint_of(data, 1)
     flip(tmp_path / "cache" / files_of(built)[-1].parent.name / "item_ids.bin", 5)
     assert not is_compiled(data, tmp_path / "cache", embeddings=["81"])
 
