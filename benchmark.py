@@ -172,7 +172,8 @@ def differences(run: Benchmark) -> list[str]:
     if found.get("compile.seconds") is not None:
         lines.append("compile: the raw files were read before (page cache); MB are those of all raw files but the embeddings.")
     if found.get("retrieval.users_per_s") is not None:
-        lines.append("retrieval: ours removes 100 seen items of each query, faiss removes none;\n  ids of both, with nothing removed and with every second item: "
+        lines.append("retrieval: ours removes 100 seen items of each query, faiss removes none;\n  ids of both, with nothing "
+                     + "removed and with every second item: "
                      + ", ".join(f"width {w}: {found[f'retrieval.{w}.wrong']} wrong of {found[f'retrieval.{w}.checked']:,} places"
                                  for w in run.sizes.widths if f"retrieval.{w}.wrong" in found) + ".")  # fmt: skip
     if "hnsw.build_s" in found:
