@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_infer import SETTINGS, World, answer, call, known_items, lines_of, pool_of
+from test_infer import SETTINGS, World, answer, call, known_items, lines_of, pool_of, read_matrix
 from test_main import run_main
 
 import infer
 from checkpoint import list_checkpoints, load_checkpoint, read_meta, save_checkpoint
+from ensemble import read_ensemble, write_ensemble
 from errors import UserError
+from serve import Answerer, open_served, parse_request
 from synthetic import generate
 
 NEW = ("time_fields", "action_conditioning", "action_dropout", "id_init", "id_dropout", "action_head_weight", "wanted_action",
@@ -111,6 +113,45 @@ def test_a_file_of_something_else_is_refused(tmp_path, content, message):
 def test_the_wanted_action_target_is_any_at_inference(worlds, tmp_path):
     world = changed(worlds["told"], tmp_path, wanted_action="target")
     assert answer(world, world.A, model=world.model) == answer(worlds["told"], world.A)
+
+
+@pytest.mark.parametrize("names", [("plain", "click"), ("click", "exposure"), ("any", "click")], ids="-".join)
+def test_in_an_ensemble_each_model_asks_for_its_own_wanted_action(worlds, tmp_path, capsys, names):
+    told = worlds["told"]
+    models = {name: changed(told, tmp_path / name, wanted_action=name).model for name in ("any", "click", "exposure")}
+    models["plain"] = worlds["plain"].model
+    both = write_ensemble(tmp_path / "both", [models[name] for name in names])
+
+    def products(model, world=told):
+        """(S, C) scores, from the organisers' files; an ensemble of equal temperatures has the sum of its models'."""
+        call(world, world.A, tmp_path / "result", model)
+        query, items = (read_matrix(tmp_path / "result" / f"{file}.fbin", np.float32) for file in ("query", "embedding"))
+        return query @ items.T
+
+    parts = {name: products(model) for name, model in models.items()}
+    assert np.abs(parts["click"] - parts["exposure"]).max() > 0.01
+    np.testing.assert_allclose(products(both), parts[names[0]] + parts[names[1]], atol=1e-5)
+    # a user whom the file names is asked for that action in all of them
+    users = users_of(told)
+    named = with_actions(told, tmp_path, {users[0]: 1})
+    found = products(both, named)
+    expected = sum(parts["plain" if name == "plain" else "click"][0] for name in names)
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found[1:], (parts[names[0]] + parts[names[1]])[1:], atol=1e-5)
+    others = " or ".join(name for name in names if name != "plain")
+    assert f"of 1 of {len(users)} users; {others} for the others" in capsys.readouterr().out
+    # and --stdin's answers are those
+    answerer = Answerer(open_served(read_ensemble(both), told.A, "predict", told.folder / "cache", torch.device("cpu"), lambda _: None))
+    expected = answer(told, told.A, model=both)
+    for user in users[:5]:
+        assert answerer.answer(parse_request(json.dumps({"user": user}), answerer.store.schema, 10))["items"] == expected[user]
+
+
+@pytest.mark.parametrize("name", ["any", "target", "click"])
+def test_a_user_without_events_is_answered(worlds, tmp_path, name):
+    world = changed(worlds["told"], tmp_path, wanted_action=name)
+    served = open_served(read_ensemble(world.model), world.A, "predict", world.folder / "cache", torch.device("cpu"), lambda _: None)
+    assert len(Answerer(served).answer(parse_request('{"events": []}', served.store.schema, 10))["items"]) == 10
 
 
 @pytest.mark.parametrize("name", ["plain", "told"])
