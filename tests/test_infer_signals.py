@@ -27,14 +27,15 @@ def train(folder, name: str, **groups) -> World:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
     done = run_main("--config", f"{name}.yaml", "--data_path", "A", "--log_path", f"log-{name}", "--checkpoint_path", name, cwd=folder)
     assert done.status == 0, done.err
-    return World(folder, folder / name, list_checkpoints(folder / name)[-1], folder / "A-eval", folder / "A-eval")
+    return World(folder, folder / name, list_checkpoints(folder / name)[-1], folder / "A-eval", folder / "B-eval")
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[str, World]:
     folder = tmp_path_factory.mktemp("signals")
-    generate(folder / "A", USERS, ITEMS, "jsonl", predict=PREDICT, seed=3, max_length=20, mean_length=12)
-    (folder / "A-eval" / "user_action_type.json").rename(folder / "actions.json")
+    for name, layout in (("A", "jsonl"), ("B", "parquet")):
+        generate(folder / name, USERS, ITEMS, layout, predict=PREDICT, seed=3, max_length=20, mean_length=12)
+        (folder / f"{name}-eval" / "user_action_type.json").rename(folder / f"actions-{name}.json")
     told = {"model": {"action_conditioning": "film", "id_dropout": 0.2, "time_fields": ["gap", "day", "fourier"], "id_init": "zero"},
             "loss": {"action_head_weight": 0.1}}  # fmt: skip
     return {"plain": train(folder, "plain"), "told": train(folder, "told", **told)}
@@ -53,40 +54,43 @@ def changed(world: World, folder, **values) -> World:
     return world._replace(model=save_checkpoint(folder, step=meta["step"], valid_loss=None, meta=meta, **state))
 
 
-def with_actions(world: World, folder, actions) -> World:
+def with_actions(world: World, folder, actions, layout: str = "A") -> World:
     data = folder / "data"
-    shutil.copytree(world.A, data)
+    shutil.copytree(getattr(world, layout), data)
     (data / "user_action_type.json").write_text(actions if isinstance(actions, str) else json.dumps(actions))
-    return world._replace(A=data)
+    return world._replace(**{layout: data})
 
 
 def users_of(world: World) -> list[str]:
     return [str(line[0][0]) for line in lines_of(world.A / "predict_seq.jsonl")]
 
 
-def test_the_file_of_action_types_is_honoured_user_by_user(worlds, tmp_path, capsys):
+@pytest.mark.parametrize("layout", ["A", "B"])
+def test_the_file_of_action_types_is_honoured_user_by_user(worlds, tmp_path, capsys, layout):
     world = worlds["told"]
     users = list(dict.fromkeys(users_of(world)))
-    by_default = {name: answer(world, world.A, model=changed(world, tmp_path / name, wanted_action=name).model)
+    data = getattr(world, layout)
+    by_default = {name: answer(world, data, model=changed(world, tmp_path / name, wanted_action=name).model)
                   for name in ("any", "click", "exposure")}  # fmt: skip
-    assert by_default["any"] == answer(world, world.A)
+    assert by_default["any"] == answer(world, data)
     assert any(by_default["click"][user] != by_default["exposure"][user] for user in users)
     given = {user: (1 if k % 3 == 0 else 0) for k, user in enumerate(users) if k % 3 < 2} | {"a stranger": 2}
-    told = with_actions(world, tmp_path, given)
-    found = answer(told, told.A)
+    told = with_actions(world, tmp_path, given, layout)
+    found = answer(told, getattr(told, layout))
     for k, user in enumerate(users):
         assert found[user] == by_default[("click", "exposure", "any")[k % 3]][user]
     # what is configured serves those whom the file does not name
-    found = answer(told, told.A, model=changed(told, tmp_path / "again", wanted_action="click").model)
+    found = answer(told, getattr(told, layout), model=changed(told, tmp_path / "again", wanted_action="click").model)
     assert all(found[user] == by_default[("click", "exposure", "click")[k % 3]][user] for k, user in enumerate(users))
     named = sum(user in given for user in users_of(world))
     assert f"names the wanted action of {named} of {len(users_of(world))} users" in capsys.readouterr().out
 
 
-def test_the_generators_file_is_taken(worlds, capsys, tmp_path):
+@pytest.mark.parametrize("layout", ["A", "B"])
+def test_the_generators_file_is_taken(worlds, capsys, tmp_path, layout):
     world = worlds["told"]
-    told = with_actions(world, tmp_path, (world.folder / "actions.json").read_text())
-    assert answer(told, told.A) != answer(world, world.A)
+    told = with_actions(world, tmp_path, (world.folder / f"actions-{layout}.json").read_text(), layout)
+    assert answer(told, getattr(told, layout)) != answer(world, getattr(world, layout))
     assert f"of {PREDICT} of {PREDICT} users" in capsys.readouterr().out
 
 
