@@ -129,10 +129,11 @@ def test_a_fused_weight_must_divide():
         find_matrices([layer])
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_of_the_recommender_the_matrices_of_blocks_and_towers_are_taken(activation):
+@pytest.mark.parametrize(("activation", "conditioning"), [("gelu", "none"), ("swiglu", "none"), ("gelu", "film"), ("gelu", "gate")])
+def test_of_the_recommender_the_matrices_of_blocks_and_towers_are_taken(activation, conditioning):
     store = tiny_store()
-    config = with_values(Config(), hidden_units=8, num_blocks=2, activation=activation, position="learned", user_id=True)
+    settings = {"activation": activation, "action_conditioning": conditioning, "position": "learned", "user_id": True}
+    config = with_values(Config(), hidden_units=8, num_blocks=2, **settings)
     model = build_model(config, TableLayout.from_store(store, config.model), store.schema, ("81",))
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(m.weight)]: (m.parts, m.inputs_first) for m in find_matrices([getattr(model, name) for name in MATRIX_MODULES])}
