@@ -107,7 +107,7 @@ class RowProjection(nn.Module):
     are (E = D).
     """
 
-    matrix_stacks = ("weights",)  # muon.py
+    matrix_stacks = {"weights": 1}  # muon.py
 
     def __init__(self, layout: TableLayout, side: str, width: int, project: bool) -> None:
         super().__init__()

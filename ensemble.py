@@ -86,8 +86,9 @@ class Member:
     def ranker(self, store, candidate_ids: np.ndarray, device: torch.device, **options) -> Ranker:
         """options: Ranker's batch_size, num_workers, prefetch_batches, cold_penalty."""
         columns = FeatureColumns(store, self.layout, self.embeddings, self.trained)
-        counts, weight = self.transitions, self.config.eval.transition_weight
-        options |= {"temperature": self.temperature, "transitions": counts, "transition_weight": 0.0 if counts is None else weight}
+        counts, own = self.transitions, self.config.eval
+        options |= {"temperature": self.temperature, "transitions": counts, "wanted_action": own.wanted_action}
+        options["transition_weight"] = 0.0 if counts is None else own.transition_weight
         return Ranker(self.model(device), columns, candidate_ids, device=device, **options)
 
 
@@ -139,7 +140,7 @@ class EnsembleRanker(Ranker):
 
     @torch.inference_mode()
     def encode_users(self, split: Split, wanted: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """As Ranker's, after `encode_candidates`."""
+        """As Ranker's, after `encode_candidates`. What `wanted` leaves open each member decides by its own wanted_action."""
         for found in zip(*(ranker.encode_users(split, wanted) for ranker in self.rankers), strict=True):
             queries = [query for _, query in found]
             factors: list = list(self._factors)

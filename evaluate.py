@@ -95,9 +95,11 @@ def wanted_actions(name: str, store, split: Split) -> np.ndarray:
 
     "target" alone reads what is to be predicted; ANY_ACTION where there is no target.
     """
+    found = np.full(split.num_samples, ANY_ACTION if name in ("any", "target") else ACTION_NAMES.index(name), dtype=np.int64)
     if name == "target":
-        return np.where(split.target >= 0, store.action_types[np.maximum(split.target, 0)], ANY_ACTION).astype(np.int64)
-    return np.full(split.num_samples, ANY_ACTION if name == "any" else ACTION_NAMES.index(name), dtype=np.int64)
+        given = split.target >= 0
+        found[given] = store.action_types[split.target[given]]
+    return found
 
 
 class Ranker:
@@ -105,7 +107,8 @@ class Ranker:
 
     candidate_ids: (C,) ids of the store's items, any order; the result is independent of the order. Answers tie-break by lowest id.
     cold_penalty: taken off the scores of candidates that were not in training. transitions: counts whose addition to the scores, times
-    transition_weight, joins in the ranking; the loss is that of the vectors alone.
+    transition_weight, joins in the ranking; the loss is that of the vectors alone. wanted_action: a name for `wanted_actions`, of the queries
+    that are not told what to ask for.
     """
 
     def __init__(
@@ -122,8 +125,10 @@ class Ranker:
         cold_penalty: float = 0.0,
         transitions: Transitions | None = None,
         transition_weight: float = 0.0,
+        wanted_action: str = "any",
     ) -> None:
         self.model, self.columns, self.store, self.device = model, columns, columns.store, device
+        self.wanted_action = wanted_action
         self.candidate_ids = np.unique(candidate_ids)
         self.batch_size, self.num_workers, self.prefetch_batches, self.temperature = batch_size, num_workers, prefetch_batches, temperature
         self.cold_penalty = cold_penalty
@@ -146,8 +151,10 @@ class Ranker:
     def encode_users(self, split: Split, wanted: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(sample numbers (B,), query vectors (B, D)) of a split's samples, batch by batch, similar lengths together.
 
-        wanted: (S,) int64 action that each query asks for, for a model with action_conditioning; None = ANY_ACTION.
+        wanted: (S,) int64 action that each query asks for, for a model with action_conditioning; below 0, and None: the ranker's own.
         """
+        own = wanted_actions(self.wanted_action, self.store, split)
+        wanted = own if wanted is None else np.where(wanted >= 0, wanted, own)
         self.model.eval()
         builder = BatchBuilder(self.store, split, self.model.config.max_seq_length)
         order = np.argsort(split.begin - split.end, kind="stable")  # the longest first: what later batches allocate fits where it lay
@@ -159,8 +166,7 @@ class Ranker:
 
         for samples, built in zip(chunks, prefetch(build, range(len(chunks)), self.num_workers, self.prefetch_batches)):
             batch, features = move(built, self.device)
-            asked = None if wanted is None else torch.from_numpy(wanted[samples]).to(self.device)
-            query, _ = self.model(batch, features, asked)
+            query, _ = self.model(batch, features, torch.from_numpy(wanted[samples]).to(self.device))
             yield samples, query
 
     @torch.inference_mode()

@@ -9,11 +9,10 @@ Legend: N packed tokens, D width, E experts, K experts a token, I inner width of
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from layers import Dropout, FeedForward, is_exporting
+from layers import Dropout, FeedForward, activate, inner_size, is_exporting
 
 
 class Experts(nn.Module):
@@ -24,16 +23,14 @@ class Experts(nn.Module):
     `counts` collects the tokens of each expert, (E,) int64 a call in training, until someone takes them.
     """
 
-    matrix_stacks = ("inner", "outer")
-
     def __init__(self, config) -> None:
         super().__init__()
         width, num = config.hidden_units, config.num_experts
         self.activation, self.active = config.activation, config.active_experts
-        gated = config.activation == "swiglu"
-        inner = max(1, round(width * config.expert_multiplier * (2 / 3 if gated else 1)))
+        inner, fused = inner_size(width * config.expert_multiplier, config.activation)
+        self.matrix_stacks = {"inner": fused, "outer": 1}  # muon.py
         self.router = nn.Linear(width, num, bias=False)
-        self.inner = nn.Parameter(torch.empty(num, width, inner * (2 if gated else 1)).normal_(0.0, width**-0.5))
+        self.inner = nn.Parameter(torch.empty(num, width, fused * inner).normal_(0.0, width**-0.5))
         self.outer = nn.Parameter(torch.empty(num, inner, width).normal_(0.0, (inner * 2 * config.num_blocks) ** -0.5))
         multiplier = config.expert_multiplier * config.shared_experts
         self.shared = FeedForward(width, multiplier, config.activation, config.dropout_rate) if config.shared_experts else None
@@ -67,13 +64,7 @@ class Experts(nn.Module):
         return out
 
     def _expert(self, x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-        hidden = x @ inner.to(x.dtype)
-        if self.activation == "swiglu":
-            value, gate = hidden.chunk(2, dim=-1)
-            hidden = value * F.silu(gate)
-        else:
-            hidden = F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden)
-        return self.dropout(hidden) @ outer.to(x.dtype)
+        return self.dropout(activate(x @ inner.to(x.dtype), self.activation)) @ outer.to(x.dtype)
 
     def _sizes(self, flat: Tensor) -> tuple[list[int], Tensor]:
         """Tokens of each expert: as numbers, and as shares (E,)."""

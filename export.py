@@ -83,8 +83,7 @@ class UserEncoder(nn.Module):
         packing = Packing(batch, tokens, torch.arange(batch * tokens, device=x.device), place.reshape(-1))
         user = torch.arange(batch, device=x.device)
         queries = Queries(user * tokens + lengths, Packing(batch, 1, user, lengths))
-        query, *_ = self._encode_tokens(x.reshape(batch * tokens, -1), actions.reshape(-1), times.reshape(-1), packing, wanted, queries)
-        return query
+        return self._encode_tokens(x.reshape(batch * tokens, -1), actions.reshape(-1), times.reshape(-1), packing, wanted, queries).query
 
 
 def export(served: Served, out: Path) -> Path:

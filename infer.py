@@ -24,7 +24,7 @@ from atomic import replacing, write_text_atomic
 from dataset import predict_split
 from ensemble import ENSEMBLE, Ensemble, read_ensemble
 from errors import ArgumentParser, UserError, forget_stdout, run_cli
-from evaluate import Ranker, Ranking, wanted_actions
+from evaluate import Ranker, Ranking
 from machine import torch_warning
 from schema import ACTION_NAMES, NUM_ACTION_TYPES
 from serve import Answerer, Served, creative_ids, open_served, serve_lines
@@ -53,27 +53,26 @@ def infer() -> tuple[list[list[int | str]], list[str]]:
         remove_seen=True,
         fill=True,
         keep_queries=bool(result_path),
-        wanted=_wanted(data_path / ACTION_FILE, store, users, ensemble),
+        wanted=_wanted(data_path / ACTION_FILE, users, ensemble),
     )
     if result_path:
         write_baseline_files(Path(result_path), store, ranker, ranking)
     return creative_ids(store, ranking.topk_ids), users
 
 
-def _wanted(path: Path, store, users: list[str], ensemble: Ensemble) -> np.ndarray:
-    """(S,) int64 action that each user's query asks for: the file's, where there is one that names the user, else eval.wanted_action."""
-    default = ensemble.members[0].config.eval.wanted_action
-    wanted = wanted_actions(default, store, predict_split(store))  # there is no target: "target" is any
+def _wanted(path: Path, users: list[str], ensemble: Ensemble) -> np.ndarray | None:
+    """(S,) int64 action that the file names for each user, -1 where it names none: each model's eval.wanted_action counts then."""
     if not path.is_file():
-        return wanted
-    if all(member.config.model.action_conditioning == "none" for member in ensemble.members):
+        return None
+    own = [member.config.eval.wanted_action for member in ensemble.members if member.config.model.action_conditioning != "none"]
+    if not own:
         print(f"{path.name}: not used; the model was trained without action_conditioning")
-        return wanted
+        return None
     given = read_action_types(path)
     found = np.array([given.get(user, -1) for user in users], dtype=np.int64)
-    others = "any" if default == "target" else default
+    others = " or ".join(dict.fromkeys("any" if name == "target" else name for name in own))  # there is no target
     print(f"{path.name}: names the wanted action of {int((found >= 0).sum()):,} of {len(users):,} users; {others} for the others")
-    return np.where(found >= 0, found, wanted)
+    return found
 
 
 def read_action_types(path: Path) -> dict[str, int]:

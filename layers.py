@@ -267,20 +267,27 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, multiplier: float, activation: str, dropout_rate: float) -> None:
         super().__init__()
         self.activation = activation
-        inner = max(1, round(width * multiplier * (2 / 3 if activation == "swiglu" else 1)))
-        self.inner = nn.Linear(width, inner * (2 if activation == "swiglu" else 1))
-        self.inner.fused = 2 if activation == "swiglu" else 1  # matrices in one: muon.py
+        inner, fused = inner_size(width * multiplier, activation)
+        self.inner = nn.Linear(width, fused * inner)
+        self.inner.fused = fused  # matrices in one: muon.py
         self.out = nn.Linear(inner, width)
         self.dropout = Dropout(dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.inner(x)
-        if self.activation == "swiglu":
-            value, gate = hidden.chunk(2, dim=-1)
-            hidden = value * F.silu(gate)
-        else:
-            hidden = F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden)
-        return self.out(self.dropout(hidden))
+        return self.out(self.dropout(activate(self.inner(x), self.activation)))
+
+
+def inner_size(width: float, activation: str) -> tuple[int, int]:
+    """Of a feed-forward that is `width` wide inside: its width, and how many matrices the first layer is, side by side (`activate`)."""
+    return (max(1, round(width * (2 / 3))), 2) if activation == "swiglu" else (max(1, round(width)), 1)
+
+
+def activate(hidden: Tensor, activation: str) -> Tensor:
+    """Between a feed-forward's layers: (N, fused * I) -> (N, I), fused as `inner_size` says; swiglu's are value and gate."""
+    if activation == "swiglu":
+        value, gate = hidden.chunk(2, dim=-1)
+        return value * F.silu(gate)
+    return F.gelu(hidden) if activation == "gelu" else F.relu(hidden)
 
 
 def pick(table: nn.Embedding, index: Tensor) -> Tensor:

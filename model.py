@@ -45,6 +45,14 @@ class Encoded(NamedTuple):
     balance: Tensor | None  # how evenly the experts are used, a scalar, see experts.Experts; None without
 
 
+class _OfTokens(NamedTuple):
+    """What a piece of a batch's tokens gives; None where the model has no such thing."""
+
+    query: Tensor  # (Q, D) float32
+    state: Tensor | None  # (Q, D) of a model with both a conditioning and an action head; else it is the query, or nobody asks for it
+    balance: Tensor | None  # (Q,) the piece's, a row a query, so that the pieces' mean weighs them by these
+
+
 class DenseProjection(nn.Module):
     """Projects a multimodal vector; where an item has none, a learnt vector stands in.
 
@@ -190,19 +198,19 @@ class Recommender(nn.Module):
             return self._parts_of(self._encode_tokens(x, batch.action_types, batch.timestamps, packing, actions, queries))
         pieces = packed_pieces(batch)
 
-        def body(number: int, x: Tensor) -> tuple[Tensor, ...]:
+        def body(number: int, x: Tensor) -> _OfTokens:
             piece = pieces[number]
             part, results = slice(*piece.tokens), slice(*piece.results)
             of_piece = None if actions is None else actions[results]
             return self._encode_tokens(x, batch.action_types[part], batch.timestamps[part], piece.packing, of_piece, piece.queries)
 
         tokens, results = [piece.tokens for piece in pieces], [piece.results for piece in pieces]
-        return self._parts_of(in_pieces(body, tokens, (x,), self._sequence_parameters(), results))
+        return self._parts_of(_OfTokens(*in_pieces(body, tokens, (x,), self._sequence_parameters(), results)))
 
-    def _parts_of(self, encoded: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Query, state and balance of what `_encode_tokens` gives."""
-        *rest, balance = encoded if self.backbone.has_experts else (*encoded, None)
-        return rest[0], rest[-1], None if balance is None else balance.mean()
+    def _parts_of(self, found: _OfTokens) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Query, state and balance, as in Encoded."""
+        query, state, balance = found
+        return query, query if state is None else state, None if balance is None else balance.mean()
 
     def _wanted_actions(self, batch: Batch, wanted: Tensor | None) -> Tensor | None:
         """(Q,) the action that each query is asked for; None without conditioning."""
@@ -221,11 +229,8 @@ class Recommender(nn.Module):
 
     def _encode_tokens(
         self, x: Tensor, action_types: Tensor, timestamps: Tensor, packing: Packing, wanted: Tensor | None, queries: Queries | None
-    ) -> tuple[Tensor, ...]:
-        """Vectors of items and users (N, D) to queries (Q, D), then, where there are any: states (Q, D), the piece's balance (Q,).
-
-        wanted: (Q,) actions. queries: None = all N.
-        """
+    ) -> _OfTokens:
+        """From vectors of items and users (N, D). wanted: (Q,) actions. queries: None = all N."""
         if self.actions is not None:
             x = x + pick(self.actions, action_types)
         if self.positions is not None:
@@ -234,15 +239,13 @@ class Recommender(nn.Module):
             x = x + self.time(timestamps, packing.positions)
         x = self.dropout(self.embedding_norm(x))
         state, balance = self.backbone(x, packing, timestamps, queries)
-        found = [state.float()]
+        state = query = state.float()
         if self.conditioning is not None:
-            found.insert(0, self.conditioning(found[0], wanted))
-        if self.action_head is None:
-            del found[1:]
-        found = [self._normalised(vectors) for vectors in found]
-        if balance is not None:  # a row a query, so that the pieces' mean weighs them by these
-            found.append(balance.expand(state.shape[0]))  # not len(state): torch.export would take it for a constant
-        return tuple(found)
+            query = self.conditioning(state, wanted)
+        kept = self._normalised(state) if query is not state and self.action_head is not None else None
+        if balance is not None:
+            balance = balance.expand(state.shape[0])  # not len(state): torch.export would take it for a constant
+        return _OfTokens(self._normalised(query), kept, balance)
 
     def _normalised(self, query: Tensor) -> Tensor:
         return F.normalize(query, dim=-1) if self.config.similarity == "cosine" else query

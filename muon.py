@@ -9,7 +9,8 @@ that of AdamW's, for one learning rate for both; here Muon has its own learning 
 
 A module says what a weight of it is, as shapes alone do not:
   nn.Linear(...).fused = 3: the weight is so many matrices of like shape, stacked along the outputs (query, key and value).
-  matrix_stacks = ("weights",): names of a module's parameters (or ParameterLists) of shape (..., inputs, outputs), used as x @ weight.
+  matrix_stacks = {"inner": 2}: names of a module's parameters (or ParameterLists) of shape (..., inputs, outputs), used as x @ weight; the
+    number as `fused`: each is so many matrices of like shape, side by side along the outputs.
 
 Legend: P matrices of a weight, O outputs, I inputs.
 """
@@ -35,7 +36,8 @@ class Matrices(NamedTuple):
 
     weight: nn.Parameter
     parts: int  # P
-    inputs_first: bool  # (P, I, O) in place of (P, O, I)
+    inputs_first: bool  # (P / fused, I, fused * O) in place of (P, O, I)
+    fused: int = 1  # of inputs first alone
 
 
 def find_matrices(modules: Iterable[nn.Module]) -> list[Matrices]:
@@ -51,11 +53,11 @@ def _matrices_of(module: nn.Module) -> Iterator[Matrices]:
             raise ValueError(f"{module}: {module.out_features} outputs are not {parts} matrices of like shape")
         if min(module.out_features // parts, module.in_features) > 1:
             yield Matrices(module.weight, parts, inputs_first=False)
-    for name in getattr(module, "matrix_stacks", ()):
+    for name, fused in getattr(module, "matrix_stacks", {}).items():
         held = getattr(module, name)
         for weight in held if isinstance(held, nn.ParameterList) else [held]:
-            if weight.dim() >= 2 and min(weight.shape[-2:]) > 1 and weight.numel():
-                yield Matrices(weight, weight.shape[:-2].numel(), inputs_first=True)
+            if weight.dim() >= 2 and min(weight.shape[-2], weight.shape[-1] // fused) > 1 and weight.numel():
+                yield Matrices(weight, fused * weight.shape[:-2].numel(), inputs_first=True, fused=fused)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -83,10 +85,9 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices: list[Matrices], *, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
-        kinds = dict.fromkeys((entry.parts, entry.inputs_first) for entry in matrices)
+        kinds = dict.fromkeys(entry[1:] for entry in matrices)
         groups = [
-            {"params": [e.weight for e in matrices if (e.parts, e.inputs_first) == kind], "parts": kind[0], "inputs_first": kind[1]}
-            for kind in kinds
+            {"params": [entry.weight for entry in matrices if entry[1:] == kind]} | dict(zip(Matrices._fields[1:], kind)) for kind in kinds
         ]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "schedule": "muon"})
 
@@ -105,11 +106,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def _update(weight: Tensor, grad: Tensor, moment: Tensor, group: dict) -> None:
-    momentum = group["momentum"]
+    momentum, parts, fused = group["momentum"], group["parts"], group["fused"]
     moment.lerp_(grad, 1 - momentum)
-    shape = (group["parts"], weight.numel() // weight.shape[-1] // group["parts"], weight.shape[-1])
-    direction = orthogonalise(torch.lerp(grad, moment, momentum).reshape(shape))
-    outputs, inputs = shape[:0:-1] if group["inputs_first"] else shape[1:]
+    last = weight.shape[-1] // fused
+    shape = (parts // fused, weight.numel() // last // parts, fused, last)  # what is fused lies side by side in a row
+    apart = torch.lerp(grad, moment, momentum).reshape(shape).transpose(1, 2)  # (P / fused, fused, rows, columns)
+    direction = orthogonalise(apart.flatten(0, 1)).view(apart.shape).transpose(1, 2)
+    outputs, inputs = (last, shape[1]) if group["inputs_first"] else (shape[1], last)
     weight.mul_(1 - group["lr"] * group["weight_decay"])
     weight.add_(direction.reshape(weight.shape), alpha=-group["lr"] * max(1.0, outputs / inputs) ** 0.5)
 

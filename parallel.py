@@ -160,16 +160,17 @@ class _Rows:
     """Tensors of num_rows rows that the pieces fill, each in its own thread: half of the time of a torch.cat at the end."""
 
     def __init__(self, num_rows: int) -> None:
-        self.columns: list[Tensor] = []
+        self.columns: list[Tensor | None] = []
         self._num_rows, self._lock = num_rows, threading.Lock()
 
-    def put(self, piece: Piece, tensors: Sequence[Tensor]) -> None:
-        """tensors: one a column, of the piece's rows."""
+    def put(self, piece: Piece, tensors: Sequence[Tensor | None]) -> None:
+        """tensors: one a column, of the piece's rows; None in all pieces = no such column, None in `columns`."""
         with self._lock:
             if not self.columns:
-                self.columns = [part.new_empty(self._num_rows, *part.shape[1:]) for part in tensors]
+                self.columns = [None if part is None else part.new_empty(self._num_rows, *part.shape[1:]) for part in tensors]
         for column, part in zip(self.columns, tensors):
-            column[piece.begin : piece.end] = part
+            if part is not None:
+                column[piece.begin : piece.end] = part
 
 
 class _Pieces(torch.autograd.Function):
@@ -186,7 +187,7 @@ class _Pieces(torch.autograd.Function):
                 with _with_generator(torch.Generator().manual_seed((seed + number) % 2**63)), torch.enable_grad():
                     leaves = [x[piece.begin : piece.end].detach().requires_grad_(x.requires_grad) for x in inputs]
                     outs = body(number, *leaves)
-                results.put(out_piece, [out.detach() for out in outs])
+                results.put(out_piece, [None if out is None else out.detach() for out in outs])
                 return leaves, outs
 
             return work
@@ -207,8 +208,8 @@ class _Pieces(torch.autograd.Function):
             wanted = [x for x in leaves if x.requires_grad]
 
             def work():
-                of_piece = [grad[out_piece.begin : out_piece.end] for grad in grads]
-                found = torch.autograd.grad(outs, wanted + parameters, of_piece, allow_unused=True)
+                of_piece = [grad[out_piece.begin : out_piece.end] for grad in grads if grad is not None]
+                found = torch.autograd.grad([out for out in outs if out is not None], wanted + parameters, of_piece, allow_unused=True)
                 results.put(piece, found[: len(wanted)])
                 return found[len(wanted) :]
 
@@ -229,13 +230,15 @@ def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def in_pieces(
-    body: Callable[..., tuple[Tensor, ...]],
+    body: Callable[..., tuple[Tensor | None, ...]],
     pieces: Sequence[Piece],
     inputs: Sequence[Tensor],
     parameters: Sequence[nn.Parameter],
     out_pieces: Sequence[Piece] | None = None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """torch.cat of body(number, *(x[piece] for x in inputs)), result by result, over the pieces, side by side within `cores`.
+
+    A result that is None in all pieces stays None.
 
     inputs: (N, ...) each. parameters: all that body uses and that wants a gradient. out_pieces: the rows of the results that each piece
     gives; None = as many as it is given.

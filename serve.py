@@ -22,7 +22,7 @@ from columns import RaggedColumn
 from dataset import predict_split
 from ensemble import Ensemble, EnsembleRanker
 from errors import UserError
-from evaluate import Ranker, wanted_actions, without_cold
+from evaluate import Ranker, without_cold
 from features import FeatureColumns, known_items_digest
 from schema import ACTION_NAMES, NUM_ACTION_TYPES, Schema
 from store import Store, open_store
@@ -253,9 +253,7 @@ class Answerer:
             raise UserError(f"user {request.user[:40]!r} is not in the data; give events (a history) too")
         view, unknown = self._view(request, known)
         split = predict_split(view)
-        wanted = wanted_actions(self.served.ensemble.members[0].config.eval.wanted_action, view, split)
-        if request.wanted is not None:
-            wanted[:] = request.wanted
+        wanted = None if request.wanted is None else np.array([request.wanted])
         ranker = ranker_for(self.served.ranker, view)
         ranking = ranker.rank(split, request.k, remove_seen=True, fill=True, wanted=wanted, prepared=self.prepared)
         (items,) = creative_ids(self.store, ranking.topk_ids)

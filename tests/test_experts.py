@@ -7,7 +7,8 @@ from torch import nn
 
 from config import Config, with_values
 from experts import Experts, take_usage
-from muon import find_matrices
+from layers import FeedForward
+from muon import Muon, find_matrices
 
 
 def make(**settings) -> Experts:
@@ -83,8 +84,27 @@ def test_the_balance_pulls_the_router_towards_even_use():
     assert first > 3 and experts(x)[1].item() < 1.5
 
 
-def test_muon_takes_each_expert_as_a_matrix():
-    experts = make(shared_experts=0)
+@pytest.mark.parametrize(("activation", "fused"), [("gelu", 1), ("swiglu", 2)])
+def test_muon_takes_each_matrix_of_an_expert(activation, fused):
+    experts = make(shared_experts=0, activation=activation)
     names = {id(p): name for name, p in experts.named_parameters()}
-    assert {(names[id(m.weight)], m.parts, m.inputs_first) for m in find_matrices([experts])} == {
-        ("router.weight", 1, False), ("inner", 4, True), ("outer", 4, True)}  # fmt: skip
+    assert {(names[id(m.weight)], *m[1:]) for m in find_matrices([experts])} == {
+        ("router.weight", 1, False, 1), ("inner", 4 * fused, True, fused), ("outer", 4, True, 1)}  # fmt: skip
+
+
+def test_muon_moves_a_swiglu_expert_as_the_feed_forward_of_its_weights():
+    experts = make(num_experts=1, active_experts=1, shared_experts=0, activation="swiglu", expert_multiplier=2.0)
+    alone = FeedForward(6, 2.0, "swiglu", 0.0)
+    with torch.no_grad():
+        alone.inner.weight.copy_(experts.inner[0].T)
+        alone.out.weight.copy_(experts.outer[0].T)
+        alone.inner.bias.zero_()
+        alone.out.bias.zero_()
+    x, upstream = torch.randn(23, 6), torch.randn(23, 6)
+    for module in (experts, alone):
+        out = module(x)
+        out = out[0] if module is experts else out
+        out.backward(upstream)
+        Muon(find_matrices([module]), lr=0.1, momentum=0.9).step()
+    torch.testing.assert_close(experts.inner[0].T, alone.inner.weight, atol=1e-4, rtol=0)
+    torch.testing.assert_close(experts.outer[0].T, alone.out.weight, atol=1e-4, rtol=0)

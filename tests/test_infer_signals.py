@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_infer import SETTINGS, World, answer, call, known_items, lines_of, pool_of
+from test_infer import SETTINGS, World, answer, call, known_items, lines_of, pool_of, read_matrix
 from test_main import run_main
 
 import infer
 from checkpoint import list_checkpoints, load_checkpoint, read_meta, save_checkpoint
+from ensemble import read_ensemble, write_ensemble
 from errors import UserError
+from serve import Answerer, open_served, parse_request
 from synthetic import generate
 
 NEW = ("time_fields", "action_conditioning", "action_dropout", "id_init", "id_dropout", "action_head_weight", "wanted_action",
@@ -25,14 +27,15 @@ def train(folder, name: str, **groups) -> World:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
     done = run_main("--config", f"{name}.yaml", "--data_path", "A", "--log_path", f"log-{name}", "--checkpoint_path", name, cwd=folder)
     assert done.status == 0, done.err
-    return World(folder, folder / name, list_checkpoints(folder / name)[-1], folder / "A-eval", folder / "A-eval")
+    return World(folder, folder / name, list_checkpoints(folder / name)[-1], folder / "A-eval", folder / "B-eval")
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[str, World]:
     folder = tmp_path_factory.mktemp("signals")
-    generate(folder / "A", USERS, ITEMS, "jsonl", predict=PREDICT, seed=3, max_length=20, mean_length=12)
-    (folder / "A-eval" / "user_action_type.json").rename(folder / "actions.json")
+    for name, layout in (("A", "jsonl"), ("B", "parquet")):
+        generate(folder / name, USERS, ITEMS, layout, predict=PREDICT, seed=3, max_length=20, mean_length=12)
+        (folder / f"{name}-eval" / "user_action_type.json").rename(folder / f"actions-{name}.json")
     told = {"model": {"action_conditioning": "film", "id_dropout": 0.2, "time_fields": ["gap", "day", "fourier"], "id_init": "zero"},
             "loss": {"action_head_weight": 0.1}}  # fmt: skip
     return {"plain": train(folder, "plain"), "told": train(folder, "told", **told)}
@@ -51,40 +54,43 @@ def changed(world: World, folder, **values) -> World:
     return world._replace(model=save_checkpoint(folder, step=meta["step"], valid_loss=None, meta=meta, **state))
 
 
-def with_actions(world: World, folder, actions) -> World:
+def with_actions(world: World, folder, actions, layout: str = "A") -> World:
     data = folder / "data"
-    shutil.copytree(world.A, data)
+    shutil.copytree(getattr(world, layout), data)
     (data / "user_action_type.json").write_text(actions if isinstance(actions, str) else json.dumps(actions))
-    return world._replace(A=data)
+    return world._replace(**{layout: data})
 
 
 def users_of(world: World) -> list[str]:
     return [str(line[0][0]) for line in lines_of(world.A / "predict_seq.jsonl")]
 
 
-def test_the_file_of_action_types_is_honoured_user_by_user(worlds, tmp_path, capsys):
+@pytest.mark.parametrize("layout", ["A", "B"])
+def test_the_file_of_action_types_is_honoured_user_by_user(worlds, tmp_path, capsys, layout):
     world = worlds["told"]
     users = list(dict.fromkeys(users_of(world)))
-    by_default = {name: answer(world, world.A, model=changed(world, tmp_path / name, wanted_action=name).model)
+    data = getattr(world, layout)
+    by_default = {name: answer(world, data, model=changed(world, tmp_path / name, wanted_action=name).model)
                   for name in ("any", "click", "exposure")}  # fmt: skip
-    assert by_default["any"] == answer(world, world.A)
+    assert by_default["any"] == answer(world, data)
     assert any(by_default["click"][user] != by_default["exposure"][user] for user in users)
     given = {user: (1 if k % 3 == 0 else 0) for k, user in enumerate(users) if k % 3 < 2} | {"a stranger": 2}
-    told = with_actions(world, tmp_path, given)
-    found = answer(told, told.A)
+    told = with_actions(world, tmp_path, given, layout)
+    found = answer(told, getattr(told, layout))
     for k, user in enumerate(users):
         assert found[user] == by_default[("click", "exposure", "any")[k % 3]][user]
     # what is configured serves those whom the file does not name
-    found = answer(told, told.A, model=changed(told, tmp_path / "again", wanted_action="click").model)
+    found = answer(told, getattr(told, layout), model=changed(told, tmp_path / "again", wanted_action="click").model)
     assert all(found[user] == by_default[("click", "exposure", "click")[k % 3]][user] for k, user in enumerate(users))
     named = sum(user in given for user in users_of(world))
     assert f"names the wanted action of {named} of {len(users_of(world))} users" in capsys.readouterr().out
 
 
-def test_the_generators_file_is_taken(worlds, capsys, tmp_path):
+@pytest.mark.parametrize("layout", ["A", "B"])
+def test_the_generators_file_is_taken(worlds, capsys, tmp_path, layout):
     world = worlds["told"]
-    told = with_actions(world, tmp_path, (world.folder / "actions.json").read_text())
-    assert answer(told, told.A) != answer(world, world.A)
+    told = with_actions(world, tmp_path, (world.folder / f"actions-{layout}.json").read_text(), layout)
+    assert answer(told, getattr(told, layout)) != answer(world, getattr(world, layout))
     assert f"of {PREDICT} of {PREDICT} users" in capsys.readouterr().out
 
 
@@ -111,6 +117,45 @@ def test_a_file_of_something_else_is_refused(tmp_path, content, message):
 def test_the_wanted_action_target_is_any_at_inference(worlds, tmp_path):
     world = changed(worlds["told"], tmp_path, wanted_action="target")
     assert answer(world, world.A, model=world.model) == answer(worlds["told"], world.A)
+
+
+@pytest.mark.parametrize("names", [("plain", "click"), ("click", "exposure"), ("any", "click")], ids="-".join)
+def test_in_an_ensemble_each_model_asks_for_its_own_wanted_action(worlds, tmp_path, capsys, names):
+    told = worlds["told"]
+    models = {name: changed(told, tmp_path / name, wanted_action=name).model for name in ("any", "click", "exposure")}
+    models["plain"] = worlds["plain"].model
+    both = write_ensemble(tmp_path / "both", [models[name] for name in names])
+
+    def products(model, world=told):
+        """(S, C) scores, from the organisers' files; an ensemble of equal temperatures has the sum of its models'."""
+        call(world, world.A, tmp_path / "result", model)
+        query, items = (read_matrix(tmp_path / "result" / f"{file}.fbin", np.float32) for file in ("query", "embedding"))
+        return query @ items.T
+
+    parts = {name: products(model) for name, model in models.items()}
+    assert np.abs(parts["click"] - parts["exposure"]).max() > 0.01
+    np.testing.assert_allclose(products(both), parts[names[0]] + parts[names[1]], atol=1e-5)
+    # a user whom the file names is asked for that action in all of them
+    users = users_of(told)
+    named = with_actions(told, tmp_path, {users[0]: 1})
+    found = products(both, named)
+    expected = sum(parts["plain" if name == "plain" else "click"][0] for name in names)
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found[1:], (parts[names[0]] + parts[names[1]])[1:], atol=1e-5)
+    others = " or ".join(name for name in names if name != "plain")
+    assert f"of 1 of {len(users)} users; {others} for the others" in capsys.readouterr().out
+    # and --stdin's answers are those
+    answerer = Answerer(open_served(read_ensemble(both), told.A, "predict", told.folder / "cache", torch.device("cpu"), lambda _: None))
+    expected = answer(told, told.A, model=both)
+    for user in users[:5]:
+        assert answerer.answer(parse_request(json.dumps({"user": user}), answerer.store.schema, 10))["items"] == expected[user]
+
+
+@pytest.mark.parametrize("name", ["any", "target", "click"])
+def test_a_user_without_events_is_answered(worlds, tmp_path, name):
+    world = changed(worlds["told"], tmp_path, wanted_action=name)
+    served = open_served(read_ensemble(world.model), world.A, "predict", world.folder / "cache", torch.device("cpu"), lambda _: None)
+    assert len(Answerer(served).answer(parse_request('{"events": []}', served.store.schema, 10))["items"]) == 10
 
 
 @pytest.mark.parametrize("name", ["plain", "told"])

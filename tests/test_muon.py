@@ -63,12 +63,13 @@ def plain_step(weight, grad, velocity, lr, momentum, decay):
 
 
 class Stack(nn.Module):
-    matrix_stacks = ("weights", "expert")
+    matrix_stacks = {"weights": 1, "expert": 1, "pairs": 2}
 
     def __init__(self):
         super().__init__()
         self.weights = nn.ParameterList([nn.Parameter(torch.randn(3, 4, 6)), nn.Parameter(torch.randn(2, 1, 6))])
         self.expert = nn.Parameter(torch.randn(5, 8, 2))
+        self.pairs = nn.Parameter(torch.randn(3, 4, 10))  # two of (4, 5) side by side
 
 
 def test_six_steps_equal_a_plain_implementation():
@@ -77,12 +78,12 @@ def test_six_steps_equal_a_plain_implementation():
     fused.fused = 3
     model = nn.ModuleList([fused, narrow, stack])
     matrices = find_matrices([model])
-    assert [(m.parts, m.inputs_first) for m in matrices] == [(3, False), (1, False), (3, True), (5, True)]
+    assert [m[1:] for m in matrices] == [(3, False, 1), (1, False, 1), (3, True, 1), (5, True, 1), (6, True, 2)]
     optimizer = Muon(matrices, lr=0.02, momentum=0.9, weight_decay=0.1)
 
-    def plain(weight, parts, inputs_first):
+    def plain(weight, parts, inputs_first, fused):
         if inputs_first:
-            return [part.T for part in weight]
+            return [part.T for stacked in weight for part in stacked.chunk(fused, dim=1)]
         return list(weight.split(len(weight) // parts))
 
     expected = [[p.detach().double() for p in plain(*m)] for m in matrices]
@@ -96,7 +97,7 @@ def test_six_steps_equal_a_plain_implementation():
         optimizer.step()
         assert all(torch.equal(m.weight.grad, grad) for m, grad in zip(matrices, kept))
         for n, m in enumerate(matrices):
-            grads = plain(m.weight.grad, m.parts, m.inputs_first)
+            grads = plain(m.weight.grad, *m[1:])
             for p, grad in enumerate(grads):
                 expected[n][p], velocities[n][p] = plain_step(expected[n][p], grad.double(), velocities[n][p], 0.02 / (1 + step), 0.9, 0.1)
     for m, parts in zip(matrices, expected):
@@ -128,10 +129,11 @@ def test_a_fused_weight_must_divide():
         find_matrices([layer])
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_of_the_recommender_the_matrices_of_blocks_and_towers_are_taken(activation):
+@pytest.mark.parametrize(("activation", "conditioning"), [("gelu", "none"), ("swiglu", "none"), ("gelu", "film"), ("gelu", "gate")])
+def test_of_the_recommender_the_matrices_of_blocks_and_towers_are_taken(activation, conditioning):
     store = tiny_store()
-    config = with_values(Config(), hidden_units=8, num_blocks=2, activation=activation, position="learned", user_id=True)
+    settings = {"activation": activation, "action_conditioning": conditioning, "position": "learned", "user_id": True}
+    config = with_values(Config(), hidden_units=8, num_blocks=2, **settings)
     model = build_model(config, TableLayout.from_store(store, config.model), store.schema, ("81",))
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(m.weight)]: (m.parts, m.inputs_first) for m in find_matrices([getattr(model, name) for name in MATRIX_MODULES])}

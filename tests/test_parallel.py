@@ -15,7 +15,8 @@ def two_layers(num_threads: int, rows: int = 5000, dropout: float = 0.3) -> list
     x, y = torch.randn(rows, 8, requires_grad=True), torch.randn(rows, 8)
     pieces = parallel.row_pieces(rows)
     with parallel.cores(num_threads):
-        out, twice = parallel.in_pieces(lambda _, x, y: (net(x * y), 2 * x), pieces, (x, y), list(net.parameters()))
+        out, none, twice = parallel.in_pieces(lambda _, x, y: (net(x * y), None, 2 * x), pieces, (x, y), list(net.parameters()))
+        assert none is None
         ((out * out).sum() + twice.sum()).backward()
     return [out, twice, x.grad, *(parameter.grad for parameter in net.parameters())]
 
