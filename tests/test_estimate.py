@@ -209,13 +209,14 @@ def test_an_average_takes_a_second_table_and_a_third_while_it_is_used() -> None:
 
 
 def test_parts() -> None:
-    rowwise, full = of_tiny(), of_tiny(table_optimizer="adam")
+    rowwise, full = of_tiny(optimizer="adamw"), of_tiny(table_optimizer="adam")
     rows = rowwise.layout.num_rows
     assert rowwise.parts[estimate.TABLE] == 4 * 8 * rows and rowwise.parts[estimate.TABLE_STATE] == 4 * rows
     assert full.parts[estimate.TABLE_STATE] == 2 * 4 * 8 * rows
     dense = rowwise.parts[estimate.DENSE]
     # two moments, and a step number a tensor
     assert 2 * dense < rowwise.parts[estimate.DENSE_STATE] < 2.1 * dense
+    assert dense < full.parts[estimate.DENSE_STATE] < 1.9 * dense  # muon: one moment of the matrices
     assert rowwise.checkpoint == sum(
         rowwise.parts[name] for name in (estimate.TABLE, estimate.TABLE_STATE, estimate.DENSE, estimate.DENSE_STATE)
     )
