@@ -83,14 +83,14 @@ def test_bank_draws_some_of_too_many_and_knows_its_age():
 
 @pytest.mark.parametrize("settings", [
     {"in_batch_negatives": False, "num_negatives": 3, "popularity_negatives": 5},
-    {"in_batch_negatives": False, "num_negatives": 1, "popularity_negatives": 4, "popularity_power": 1.0},
+    {"in_batch_negatives": False, "num_negatives": 0, "popularity_negatives": 4, "popularity_power": 1.0},
     {"num_negatives": 2, "popularity_negatives": 3, "max_in_batch": 6},
     {"num_negatives": 4, "max_in_batch": 8, "logq_source": "streaming", "logq_rate": 0.01},
     {"num_negatives": 2, "max_in_batch": 0, "memory_bank": 12},
     {"num_negatives": 2, "max_in_batch": 4, "memory_bank": 12},
     {"num_negatives": 2, "max_in_batch": 4, "memory_bank": 60},
     {"num_negatives": 2, "max_in_batch": 4, "memory_bank": 60, "logq_source": "streaming", "logq_rate": 0.01},
-    {"num_negatives": 1, "in_batch_negatives": False, "memory_bank": 40},
+    {"num_negatives": 0, "in_batch_negatives": False, "memory_bank": 40},
 ], ids=str)  # fmt: skip
 def test_log_q_is_how_often_an_item_is_a_candidate(settings):
     store = tiny_store(num_users=60, num_items=60, max_events=12)
@@ -150,7 +150,7 @@ def test_popular_draws_depend_on_the_step_alone_and_come_by_share():
     store = tiny_store(num_users=30, num_items=20)
     counts = np.arange(21)
     config = with_values(
-        Config(), **SMALL | {"in_batch_negatives": False, "num_negatives": 1, "popularity_negatives": 500, "popularity_power": 1.0}
+        Config(), **SMALL | {"in_batch_negatives": False, "num_negatives": 0, "popularity_negatives": 500, "popularity_power": 1.0}
     )
     train = make_splits(store, protocol="leave_one_out", holdout_fraction=0.3, target="last", seed=1).train
     builder = BatchBuilder(store, train, 8, 1, negative_sampling(config, lambda: counts))
@@ -182,6 +182,8 @@ def test_seen_by_user_against_a_loop():
 @pytest.mark.parametrize("settings", [
     {"memory_bank": 40}, {"logq_source": "streaming"}, {"memory_bank": 25, "logq_source": "streaming", "popularity_negatives": 5},
     {"learn_temperature": True, "mask_seen_negatives": True, "hard_negatives": 4},
+    {"num_negatives": 0, "in_batch_negatives": False, "popularity_negatives": 20},
+    {"num_negatives": 0, "in_batch_negatives": False, "memory_bank": 25},  # the first batch has no negatives at all
 ], ids=str)  # fmt: skip
 def test_a_resumed_run_is_exact_and_learns(tmp_path, settings):
     whole = make_trainer(tmp_path / "whole", **settings)
