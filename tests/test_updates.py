@@ -108,6 +108,24 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path, optimizer):
         torch.testing.assert_close(p, q, atol=5e-4, rtol=5e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize(("start", "wrong"), [(0.02, 1.0), (0.9, -1.0)])
+def test_a_learnt_temperature_comes_back_from_its_bounds(tmp_path, optimizer, start, wrong):
+    """Two steps too far, then gradients the other way, as long as there are any."""
+    trainer = make_trainer(
+        tmp_path, learn_temperature=True, temperature=start, optimizer=optimizer, learning_rate=5.0, lr_scheduler="constant"
+    )
+    found = []
+    for step in range(8):
+        trainer.optimizer.zero_grad()
+        (trainer.model.temperature() * (wrong if step < 2 else -wrong)).backward()
+        trainer.updates.apply([], 1.0, step)
+        found.append(trainer.model.temperature().item())
+    bound, other = (0.01, 1.0) if wrong > 0 else (1.0, 0.01)
+    assert found[0] == pytest.approx(bound) and found[-1] == pytest.approx(other)
+    assert trainer.model.log_temperature.exp().item() == pytest.approx(other)
+
+
 def test_steps_count_updates(tmp_path):
     trainer = make_trainer(tmp_path / "a", accumulate_steps=2, num_epochs=2)  # 5 batches an epoch: updates of 2, 2 and 1
     built = []
