@@ -120,6 +120,14 @@ class TrainingLoss:
                 part.load_state_dict(state[name])
 
 
+def total_weight(batch: Batch, action_weights: tuple[float, ...]) -> float:
+    """What the mean over a batch's targets divides their sum by: their number, or their weights as parts of the largest action's."""
+    if len(set(action_weights)) == 1:
+        return batch.target_index.shape[0]
+    counts = torch.bincount(batch.target_actions, minlength=len(action_weights)).tolist()
+    return sum(count * weight for count, weight in zip(counts, action_weights)) / max(action_weights)
+
+
 def _seen_by_user(batch: Batch, first: int) -> Hidden:
     """Each user's inputs and targets of this batch; `first`: the place in unique_ids of the first row that the loss is given."""
     inputs = batch.positions > 0  # the user token is no item
