@@ -215,8 +215,9 @@ class LossConfig(_Group):
     def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.num_negatives == 0 and self.name == "bce":
             yield ("name", "num_negatives"), "expected at least 1 negative."
-        if self.num_negatives == 0 and self.name == "sampled_softmax" and not self.in_batch_negatives:
-            yield ("num_negatives", "in_batch_negatives"), "expected negatives from one of the two."
+        sources = ("num_negatives", "in_batch_negatives", "popularity_negatives", "memory_bank")
+        if self.name == "sampled_softmax" and not any(getattr(self, source) for source in sources):
+            yield sources, "expected negatives from one of them."
         if self.label_smoothing and (self.mask_seen_negatives or self.hard_negatives):
             yield ("label_smoothing", "mask_seen_negatives", "hard_negatives"), "expected label_smoothing without the other two."
         if len(self.action_weights) != 3 or not sum(self.action_weights) > 0:

@@ -239,7 +239,7 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
                 _hide(logits, own_place[part])
                 if hard:
                     logits.masked_fill_(logits < logits.topk(hard, sorted=False).values.amin(1, keepdim=True), -torch.inf)
-                top = torch.maximum(logits.amax(1), own)
+                top = torch.maximum(logits.amax(1), own) if len(candidates) else own  # a memory bank alone starts empty
                 own_exp = (own - top).exp_()
             exp = logits.sub_(top[:, None]).exp_()
             total = exp.sum(1) + own_exp

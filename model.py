@@ -146,6 +146,12 @@ class Recommender(nn.Module):
         """The learnt one, a scalar; None where it is fixed."""
         return None if self.log_temperature is None else self.log_temperature.clamp(*TEMPERATURES).exp()
 
+    @torch.no_grad()
+    def keep_within_bounds(self) -> None:
+        """After each update: a learnt temperature beyond its bounds would have no gradient that brings it back."""
+        if self.log_temperature is not None:
+            self.log_temperature.clamp_(*TEMPERATURES)
+
     def encode_items(self, inputs: SideInputs) -> ItemVectors:
         """Vectors of M unique items."""
         vectors = self.item_projection(self.table.lookup("item", inputs), inputs)  # (M, D)

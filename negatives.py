@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MEMORY_BANK_KEY = 8  # first word of a generator's key
 LARGEST_PROBABILITY = 1 - 1e-6  # of being in a batch; an item of every batch would have infinitely many draws
 
 
@@ -66,22 +67,26 @@ class MemoryBank:
     Source: Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020.
     """
 
-    def __init__(self, size: int, width: int, num_items: int, device: torch.device) -> None:
+    def __init__(self, size: int, width: int, num_items: int, device: torch.device, seed: int = 0) -> None:
         self.items = torch.zeros(size, dtype=torch.int64, device=device)  # 0 = empty
         self.vectors = torch.zeros(size, width, device=device)
         self.place = torch.full((num_items + 1,), -1, dtype=torch.int32, device=device)  # of each item
         self.next, self.added = 0, []  # where the next one goes; how many the last updates brought
+        self.seed, self.step = seed, 0
 
     def update(self, items: Tensor, vectors: Tensor) -> None:
-        """items: (M,) int64, each once; vectors: (M, D). The oldest make room.
+        """items: (M,) int64, each once; vectors: (M, D). The oldest make room; which of an update's go first is drawn.
 
         Vectors that are not finite are left out: the step that made them may be skipped, and the bank would spoil all later ones.
         """
         finite = vectors.isfinite().all(1)
         if not finite.all():
             items, vectors = items[finite], vectors[finite]
-        size = len(self.items)
-        items, vectors = items[-size:], vectors[-size:].detach().float()
+        size, num_added = len(self.items), len(items)
+        # A batch's targets come by their numbers: without the draw, a small bank would hold the highest alone.
+        order = np.random.default_rng((MEMORY_BANK_KEY, self.seed, self.step)).permutation(num_added)
+        order = torch.from_numpy(order[:size]).to(items.device)
+        items, vectors, self.step = items[order], vectors[order].detach().float(), self.step + 1
         old = self.place[items]
         self.items[old[old >= 0].long()] = 0  # the item moves
         places = (self.next + torch.arange(len(items), device=items.device)) % size
@@ -90,14 +95,24 @@ class MemoryBank:
         self.items[places], self.vectors[places] = items, vectors
         self.place[items] = places.int()
         self.next = (self.next + len(items)) % size
-        self.added.append(len(items))
-        while sum(self.added) - self.added[0] >= size:
+        self.added.append(num_added)
+        while sum(self.added[1:]) >= size:
             self.added.pop(0)
 
     @property
     def num_batches(self) -> float:
-        """How many updates' items are held."""
-        return min(sum(self.added), len(self.items)) / max(1e-9, sum(self.added)) * len(self.added)
+        """How many updates' items are held, the oldest's in part."""
+        newer = sum(self.added[1:])
+        return len(self.added[1:]) + min(1.0, (len(self.items) - newer) / max(1, self.added[0])) if self.added else 0.0
+
+    def expected_draws(self, draws: Tensor) -> Tensor:
+        """(M,) draws that would put an item into the bank as often as it is found there. draws: (M,) the same of one update's items."""
+        whole, part = divmod(self.num_batches, 1)
+        return whole * draws - torch.log1p(part * torch.expm1(-draws))
+
+    def holds(self, items: Tensor) -> Tensor:
+        """(M,) bool: which of the items are held."""
+        return self.place[items] >= 0
 
     def others(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Items (S',) that are held and not among `items`, and their vectors (S', D)."""
@@ -107,12 +122,12 @@ class MemoryBank:
         return self.items[keep], self.vectors[keep]
 
     def state_dict(self) -> dict:
-        return {"items": self.items, "vectors": self.vectors, "next": self.next, "added": list(self.added)}
+        return {"items": self.items, "vectors": self.vectors, "next": self.next, "added": list(self.added), "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
         self.items.copy_(state["items"])
         self.vectors.copy_(state["vectors"])
-        self.next, self.added = state["next"], list(state["added"])
+        self.next, self.added, self.step = state["next"], list(state["added"]), state.get("step", 0)
         self.place.fill_(-1)
         held = (self.items > 0).nonzero()[:, 0]
         self.place[self.items[held]] = held.int()

@@ -37,7 +37,7 @@ from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_t
 from parallel import cores, give_freed_memory_back, keep_freed_memory
 from runs import RunPaths, write_status
 from slices import groups_of, quality, user_values
-from training_loss import TrainingLoss, negative_sampling
+from training_loss import TrainingLoss, negative_sampling, total_weight
 from transitions import Transitions, count_transitions, without
 from updates import Updates
 
@@ -66,6 +66,7 @@ class _Share(NamedTuple):
     """What one batch gives to an update, besides the dense gradients, which add up in place."""
 
     num_targets: int
+    weight: float  # of its means among those of the update's batches
     losses: Tensor  # (2,) means over the targets: the loss, and that of the action head
     touched: list[Touched]
     suspect: Suspect  # what it takes to compute the batch again
@@ -261,7 +262,7 @@ class Trainer:
     def _accumulate(self, batch: Batch, features: FeatureInputs) -> None:
         """Forward and backward of one of the update's batches.
 
-        A batch weighs as much as it has targets, so that each target of an update counts the same, as it would in one large batch. With
+        A batch weighs as much as its targets together, so that each target of an update counts as it would in one large batch. With
         length_buckets batches differ several times in length: the mean of their means would favour the targets of users with few events.
         """
         suspect = Suspect(self.batch - 1, Generators.now(self.device))
@@ -272,14 +273,15 @@ class Trainer:
         if self.model.action_head is not None:
             action_loss = self.model.action_head.loss(encoded.state, encoded.item_emb, batch.target_index, batch.target_actions)
         num_targets = batch.target_index.shape[0]
-        weight = num_targets / (self._shares[0].num_targets if self._shares else num_targets)  # about 1, for float16's sake
+        first = self._shares[0].num_targets if self._shares else num_targets  # weights of about 1, for float16's sake
+        weight = total_weight(batch, self.config.loss.action_weights) / first if self.config.training.accumulate_steps > 1 else 1.0
         total = loss + self.config.loss.action_head_weight * action_loss if self.model.action_head is not None else loss
         if encoded.balance is not None:
             total = total + self.config.loss.expert_balance_weight * encoded.balance
         (total * (self.scaler.scale * weight)).backward()
         touched = [entry for entry in self.model.table.pop_touched() if entry.leaf.grad is not None]
         values = torch.stack((loss.detach().float(), action_loss.detach().float()))
-        self._shares.append(_Share(num_targets, values, touched, suspect))
+        self._shares.append(_Share(num_targets, weight, values, touched, suspect))
 
     def _update(self, batch: Batch, features: FeatureInputs) -> None:
         """The update's last (or only) batch: forward, backward, one norm over dense and sparse gradients, then all updates."""
@@ -287,14 +289,14 @@ class Trainer:
         shares, self._shares = self._shares, []
         touched = merge_touched(self.model.table, [share.touched for share in shares])
         grads = [p.grad for p in self.model.parameters() if p.grad is not None] + [entry.leaf.grad for entry in touched]
-        weights = [share.num_targets / shares[0].num_targets for share in shares]
-        loss_scale = self.scaler.scale * sum(weights)
+        weights = [share.weight for share in shares]
+        whole = sum(weights) or 1.0  # 0: targets of weight 0 alone, without gradients
+        loss_scale = self.scaler.scale * whole
         norm = gradient_norm(grads) / loss_scale
         # The one sync point of a step: no update may follow a gradient that is not finite.
         *losses, self._last_norm = torch.cat((*(share.losses for share in shares), norm[None])).tolist()
         losses, action_losses = losses[::2], losses[1::2]
-        loss_value = sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
-        action_loss = sum(loss * weight for loss, weight in zip(action_losses, weights)) / sum(weights)
+        loss_value, action_loss = (sum(loss * weight for loss, weight in zip(part, weights)) / whole for part in (losses, action_losses))
         finite = math.isfinite(self._last_norm) and math.isfinite(loss_value) and math.isfinite(action_loss)
         if self.scaler.enabled:
             self.scaler.update(finite)

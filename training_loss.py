@@ -34,7 +34,7 @@ class TrainingLoss:
         if sampled and loss.logq and loss.logq_source == "streaming":
             self.frequency = StreamingFrequency(store.num_items, loss.logq_rate, device)
         if sampled and loss.memory_bank:
-            self.bank = MemoryBank(loss.memory_bank, config.model.hidden_units, store.num_items, device)
+            self.bank = MemoryBank(loss.memory_bank, config.model.hidden_units, store.num_items, device, config.system.seed)
         plain = len(set(loss.action_weights)) == 1
         self.action_weights = None if plain else torch.tensor(loss.action_weights, dtype=torch.float32, device=device)
 
@@ -72,21 +72,29 @@ class TrainingLoss:
         }
         if config.name == "full_softmax":  # unique_ids are 0 (padding), 1 .. num_items
             return softmax_loss(query, item_emb[1:], target_index - 1, **options)
+        candidate_index, items, vectors = self._candidates(batch)
         return softmax_loss(
             query,
             item_emb,
             target_index,
-            candidate_index=batch.candidate_index,
+            candidate_index=candidate_index,
             log_q=self._log_q(batch.unique_ids, num_targets),
-            more=self._bank(batch, num_targets),
+            more=None if items is None else MoreCandidates(vectors, self._log_q(items, num_targets)),
             **options,
         )
 
-    def _bank(self, batch: Batch, num_targets: int) -> MoreCandidates | None:
+    def _candidates(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Candidates among unique_ids (C,), and the bank's other items (E,) and vectors (E, D); None for both without such.
+
+        What the bank holds of unique_ids are candidates by the batch's own vectors, drawn or not: log_q counts the bank in for all items,
+        and a target or an item of a user's window is then found, and hidden from its own tokens, like any other candidate.
+        """
         if self.bank is None:
-            return None
+            return batch.candidate_index, None, None
+        chosen = self.bank.holds(batch.unique_ids)
+        chosen[batch.candidate_index] = True
         items, vectors = self.bank.others(batch.unique_ids)
-        return MoreCandidates(vectors, self._log_q(items, num_targets)) if len(items) else None
+        return chosen.nonzero()[:, 0], *((items, vectors) if len(items) else (None, None))
 
     def _log_q(self, items: Tensor, num_targets: int) -> Tensor | None:
         """Logarithm of how often each item (M,) is to be expected among the candidates of a step; None without logq."""
@@ -94,12 +102,13 @@ class TrainingLoss:
         if not config.logq:
             return None
         num_in_batch = min(num_targets, config.max_in_batch or num_targets)
-        # Only in-batch negatives with the bank: it repeats the last batches' targets.
-        batches = (num_in_batch / num_targets if config.in_batch_negatives else 0.0) + (0.0 if self.bank is None else self.bank.num_batches)
-        popular = 0.0 if self.popular_share is None else self.popular_share[items] * config.popularity_negatives
-        if self.frequency is not None:
-            return log_expected_count(self.frequency.expected_draws(items), batches, config.num_negatives, self.num_items, others=popular)
-        return log_expected_count(self.item_share[items], batches * num_targets, config.num_negatives, self.num_items, others=popular)
+        batches = num_in_batch / num_targets if config.in_batch_negatives else 0.0
+        draws = self.item_share[items] if self.frequency is None else self.frequency.expected_draws(items)
+        per_batch = num_targets if self.frequency is None else 1
+        others = 0.0 if self.popular_share is None else self.popular_share[items] * config.popularity_negatives
+        if self.bank is not None:
+            others = others + self.bank.expected_draws(draws * per_batch)
+        return log_expected_count(draws, batches * per_batch, config.num_negatives, self.num_items, others=others)
 
     def state_dict(self) -> dict:
         parts = {"frequency": self.frequency, "bank": self.bank}
@@ -109,6 +118,14 @@ class TrainingLoss:
         for name, part in (("frequency", self.frequency), ("bank", self.bank)):
             if part is not None and name in state:  # else the setting is new: it starts empty
                 part.load_state_dict(state[name])
+
+
+def total_weight(batch: Batch, action_weights: tuple[float, ...]) -> float:
+    """What the mean over a batch's targets divides their sum by: their number, or their weights as parts of the largest action's."""
+    if len(set(action_weights)) == 1:
+        return batch.target_index.shape[0]
+    counts = torch.bincount(batch.target_actions, minlength=len(action_weights)).tolist()
+    return sum(count * weight for count, weight in zip(counts, action_weights)) / max(action_weights)
 
 
 def _seen_by_user(batch: Batch, first: int) -> Hidden:

@@ -70,6 +70,7 @@ class Updates:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step, group.get("schedule", "dense"))
         self.optimizer.step()
+        self.model.keep_within_bounds()
         self.table_optimizer.begin_step()
         for entry in touched:
             with nullcontext() if self.average is None else self.average.follow(entry):

@@ -83,6 +83,14 @@ def test_more_candidates(sampled, options):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"hard_negatives": 5}, {"hidden": hidden_items()}], ids=str)
+def test_no_candidates_leave_the_target_alone(options):
+    query, item_emb, target, _, log_q, _ = inputs()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    loss = softmax_loss(query, item_emb, target, temperature=0.3, candidate_index=nothing, log_q=log_q.double(), **options)
+    assert loss == 0 and all(float(g.abs().max()) < 1e-12 for g in torch.autograd.grad(loss, (query, item_emb)))
+
+
 def test_all_negatives_hidden_leaves_the_target_alone():
     query, item_emb, target, *_ = inputs()
     everything = Hidden(torch.zeros(N, dtype=torch.int64), torch.tensor([0, M]), torch.arange(M))

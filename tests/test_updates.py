@@ -91,10 +91,10 @@ def test_the_average_is_what_is_saved_and_evaluated(tmp_path):
     assert trainer.evaluate(trainer.splits.valid)["loss"] == pytest.approx(valid["a"], abs=1e-9)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_accumulated_batches_equal_one_large_batch(tmp_path, optimizer):
+@pytest.mark.parametrize("more", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"action_weights": [0.1, 5, 1]}], ids=str)
+def test_accumulated_batches_equal_one_large_batch(tmp_path, more):
     """Full softmax, no dropout: a target's loss depends on no other user."""
-    settings = {"name": "full_softmax", "dropout_rate": 0.0, "length_buckets": False, "optimizer": optimizer, "table_optimizer": "adam"}
+    settings = {"name": "full_softmax", "dropout_rate": 0.0, "length_buckets": False, "table_optimizer": "adam"} | more
     large = make_trainer(tmp_path / "large", batch_size=12, **settings)
     small = make_trainer(tmp_path / "small", batch_size=4, accumulate_steps=3, **settings)
     small.order.start_epoch(0)
@@ -106,6 +106,32 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path, optimizer):
         assert losses_of(tmp_path / "small")[step] == pytest.approx(loss, rel=1e-4)
     for (name, p), q in zip(large.model.named_parameters(), small.model.parameters()):
         torch.testing.assert_close(p, q, atol=5e-4, rtol=5e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_updates_of_targets_of_weight_0_alone(tmp_path, group):
+    trainer = make_trainer(tmp_path, batch_size=1, max_seq_length=1, accumulate_steps=group, action_weights=[0, 1, 1])
+    trainer.fit()
+    found = losses_of(tmp_path)
+    assert len(found) == trainer.total_steps and min(found.values()) == 0 < max(found.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize(("start", "wrong"), [(0.02, 1.0), (0.9, -1.0)])
+def test_a_learnt_temperature_comes_back_from_its_bounds(tmp_path, optimizer, start, wrong):
+    """Two steps too far, then gradients the other way, as long as there are any."""
+    trainer = make_trainer(
+        tmp_path, learn_temperature=True, temperature=start, optimizer=optimizer, learning_rate=5.0, lr_scheduler="constant"
+    )
+    found = []
+    for step in range(8):
+        trainer.optimizer.zero_grad()
+        (trainer.model.temperature() * (wrong if step < 2 else -wrong)).backward()
+        trainer.updates.apply([], 1.0, step)
+        found.append(trainer.model.temperature().item())
+    bound, other = (0.01, 1.0) if wrong > 0 else (1.0, 0.01)
+    assert found[0] == pytest.approx(bound) and found[-1] == pytest.approx(other)
+    assert trainer.model.log_temperature.exp().item() == pytest.approx(other)
 
 
 def test_steps_count_updates(tmp_path):
