@@ -107,8 +107,8 @@ class Ranker:
 
     candidate_ids: (C,) ids of the store's items, any order; the result is independent of the order. Answers tie-break by lowest id.
     cold_penalty: taken off the scores of candidates that were not in training. transitions: counts whose addition to the scores, times
-    transition_weight, joins in the ranking; the loss is that of the vectors alone. wanted_action: a name for `wanted_actions`, of the queries
-    that are not told what to ask for.
+    transition_weight, joins in the ranking; the loss is that of the vectors alone. wanted_action: a name for `wanted_actions`, of the
+    queries that are not told what to ask for.
     """
 
     def __init__(
