@@ -5,6 +5,8 @@ Legend: B users, T tokens of the longest user, N packed tokens, D width, H heads
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from experts import Experts
 from layers import CausalSelfAttention, Dropout, FeedForward, Packing, Queries, is_exporting, linear_rows, make_norm, rotary, rotate
 from parallel import replayed
 
-POINTWISE_USERS = 64  # users whose pointwise attention is held at once where no gradient is wanted
+POINTWISE_USERS = 64  # users whose pointwise attention's scores are held at once where no gradient is wanted
 
 
 class Sequence(NamedTuple):
@@ -77,10 +79,20 @@ class TransformerBlock(_Block):
         return self.attention(x, sequence.packing, sequence.cos_sin, self._scores_bias(sequence), sequence.queries)
 
 
+@cache
+def _hstu_kernels() -> ModuleType | None:
+    """The module, None without triton; imported at the first batch on CUDA, as triton takes its time and CPUs have no use for it."""
+    try:
+        import hstu_kernels
+    except ImportError:
+        return None
+    return hstu_kernels
+
+
 class PointwiseAttention(nn.Module):
     """HSTU's: no softmax, so that how much of a thing was seen is not divided away, and a gate of the token's own.
 
-    U, V, Q, K = SiLU(linear(x));  linear(norm(SiLU(Q K^T + bias) / max_tokens V) * U).
+    U, V, Q, K = SiLU(linear(x));  linear(norm(SiLU(Q K^T + bias) / max_tokens V) * U).  On CUDA by hstu_kernels.py.
     Source: Zhai et al., "Actions Speak Louder than Words", ICML 2024, equations 1 to 3.
     """
 
@@ -117,11 +129,21 @@ class PointwiseAttention(nn.Module):
         value, query, key = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in grid)
         if sequence.cos_sin is not None:
             query, key = rotate(query, sequence.cos_sin, places), rotate(key, sequence.cos_sin)
-        if torch.is_grad_enabled() or is_exporting():  # torch.export knows no number of users to loop over
+        fused = self._fused(query, key, value)
+        if fused is not None:
+            mixed = fused.pointwise(query, key, value, bias, self.max_tokens)
+        elif torch.is_grad_enabled() or is_exporting():  # torch.export knows no number of users to loop over
             mixed = self._pointwise(query, key, value, bias)
         else:
             mixed = self._pointwise_in_parts(query, key, value, bias)
         return packing.pack(mixed.transpose(1, 2).flatten(2))
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> ModuleType | None:
+        """hstu_kernels where they do what _pointwise does, else None."""
+        if not query.is_cuda or torch.compiler.is_compiling() or is_exporting() or (self.training and self.attention_dropout.rate):
+            return None
+        kernels = _hstu_kernels()
+        return kernels if kernels is not None and kernels.takes(query, key, value) else None
 
     def _pointwise_in_parts(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         parts = []

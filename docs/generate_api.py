@@ -19,12 +19,12 @@ WIDTH = 110  # a longer signature gets a line a parameter
 CHAIN = (
     "errors atomic schema setting_keys config settings plain_pickle kernels step_kernels parallel columns store_files store_check "
     "sources sources_loops sources_jsonl sources_parquet sources_workers indexer item_table candidates multimodal store_build store "
-    "dataset features embedding layers attention_bias experts backbones time_features actions losses negatives training_loss metrics "
-    "muon optim averaging updates model retrieval transitions baselines evaluate shapes checkpoint_meta checkpoint ensemble serve "
-    "export ranks slices report_samples report_data logger runs report_html charts report_shape report_read report_compare report_users "
-    "report_sections run_list report pictures board compatibility diagnosis trainer final_test sizes footprint machine estimate "
-    "doctor_findings doctor_machine doctor_data doctor dry_run reference benchmark_process benchmark_parts benchmark_child planted "
-    "planted_features synthetic_files"
+    "dataset features embedding layers attention_bias experts hstu_kernels backbones time_features actions losses negatives "
+    "training_loss metrics muon optim averaging updates model retrieval transitions baselines evaluate shapes checkpoint_meta "
+    "checkpoint ensemble serve export ranks slices report_samples report_data logger runs report_html charts report_shape "
+    "report_read report_compare report_users report_sections run_list report pictures board compatibility diagnosis trainer "
+    "final_test sizes footprint machine estimate doctor_findings doctor_machine doctor_data doctor dry_run reference "
+    "benchmark_process benchmark_parts benchmark_child planted planted_features synthetic_files"
 ).split()
 # Scripts that people start and nothing imports.
 ENTRY = "main infer combine convert synthetic benchmark simple_test simple_demo test".split()
