@@ -265,7 +265,7 @@ FAULTS = [
     ("cold candidates", cold_candidates, [], WARN, "data.candidates", "knows 2%"),
     ("few users to test on", nothing, ["--holdout_fraction", 0.1], WARN, "data.test", "21 users"),
     ("short windows", nothing, ["--max_seq_length", 3], WARN, "settings.max_seq_length", "newest"),
-    ("an idle option", nothing, ["--muon_momentum", 0.5], WARN, "settings.effect", "no effect"),
+    ("an idle option", nothing, ["--lr_gamma", 0.3], WARN, "settings.effect", "no effect"),
     ("a long warm-up", nothing, ["--warmup_steps", 10_000], WARN, "settings.warmup_steps", "never gets"),
     ("a batch of everybody", nothing, ["--batch_size", 4096], WARN, "settings.batch_size", "one small step"),
     ("a table too large", nothing, ["--hidden_units", 2**24], FAIL, "settings.memory", "take"),

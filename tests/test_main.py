@@ -189,7 +189,7 @@ def test_a_log_line_at_least_every_log_every_steps(world):
 
 def test_the_log_is_whole_where_the_best_checkpoint_is_an_early_one(world):
     """The line of the test split names the best checkpoint's step; a reader (report.html's curves) must not lose what came after."""
-    assert world.run(*places(Path("early")), "--learning_rate", 1e-12, "--num_epochs", 3).status == 0
+    assert world.run(*places(Path("early")), "--optimizer", "adamw", "--learning_rate", 1e-12, "--num_epochs", 3).status == 0
     log = world.cwd / "early/log"
     assert json.loads((log / "metrics.json").read_text())["step"] == 4
     assert sorted(losses_of(log)) == list(range(1, 13))
@@ -508,7 +508,7 @@ def test_inference_only_takes_a_flag_that_agrees_and_needs_a_checkpoint(world):
 
 def test_state_dict_path_starts_from_the_weights(world):
     start = list_checkpoints(world.cwd / "whole/ckpt")[-1]
-    result = world.run(*places(Path("warm")), "--state_dict_path", start, "--max_steps", 1, "--learning_rate", 1e-9)
+    result = world.run(*places(Path("warm")), "--state_dict_path", start, "--max_steps", 1, "--optimizer", "adamw", "--learning_rate", 1e-9)
     assert result.status == 0 and f"weights from {start} (step 8)" in result.out
     (warm,) = list_checkpoints(world.cwd / "warm/ckpt")
     for key, value in weights_of(start).items():

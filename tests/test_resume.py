@@ -42,7 +42,7 @@ def test_a_resume_with_nothing_left_to_train_says_so_and_keeps_the_settings(worl
     assert "learning_rate: 0.7" not in (log / "config.resolved.yaml").read_text() and "0.7" not in (log / "command.txt").read_text()
     assert json.loads(after["metrics.json"]) == json.loads(before["metrics.json"]) and status_of(log)["state"] == "finished"
     # A run whose patience is at its end: more epochs alone would change nothing.
-    flags = (*places(Path("patient")), "--num_epochs", 9, "--patience", 1, "--learning_rate", 1e-12)
+    flags = (*places(Path("patient")), "--num_epochs", 9, "--patience", 1, "--optimizer", "adamw", "--learning_rate", 1e-12)
     result = world.run(*flags)
     assert result.status == 0 and status_of(world.cwd / "patient/log")["step"] == 8
     result = world.run(*flags, "--resume")
