@@ -36,7 +36,8 @@ def rounds(full: int, fast: int) -> list:
 
     RELIABILITY_ROUNDS takes the place of the full number, to try a check.
     """
-    return [pytest.param(fast, marks=pytest.mark.fast), int(os.environ.get("RELIABILITY_ROUNDS") or full)]
+    full = int(os.environ.get("RELIABILITY_ROUNDS") or full)
+    return [pytest.param(fast, marks=pytest.mark.fast), *([full] if full != fast else [])]  # twice the same would share folders
 
 
 def make_trainer(folder: Path, resume_from: Path | None = None, store=None, embeddings=("81",), tensorboard=None, **settings) -> Trainer:
