@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention_bias import AttentionBias, Pairs
+from blas import Linear
 from experts import Experts
 from layers import CausalSelfAttention, Dropout, FeedForward, Packing, Queries, is_exporting, linear_rows, make_norm, rotary, rotate
 from parallel import replayed
@@ -100,10 +101,10 @@ class PointwiseAttention(nn.Module):
         super().__init__()
         width = config.hidden_units
         self.num_heads, self.max_tokens = config.num_heads, config.max_seq_length + 1
-        self.uvqk = nn.Linear(width, 4 * width)
+        self.uvqk = Linear(width, 4 * width)
         self.uvqk.fused = 4  # matrices in one: muon.py
         self.norm = make_norm(config.norm, width)
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
         self.dropout, self.attention_dropout = Dropout(config.dropout_rate), Dropout(config.attention_dropout)
 
     def forward(self, x: Tensor, sequence: Sequence, bias: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from blas import mm
 from features import ITEM_ID, Bags, Field, SideInputs, TableLayout
 from parallel import row_pieces, run
 
@@ -168,7 +169,7 @@ class _ProjectAndSum(torch.autograd.Function):
         jobs, start = [], 1
         for run_number, (begin, end, place) in _field_ranges(runs, inputs.segments):
             out, rows = projected[start : start + end - begin], local[run_number][begin:end]
-            jobs.append(partial(torch.mm, rows, weights[run_number][place], out=out) if weights else partial(out.copy_, rows))
+            jobs.append(partial(mm, rows, weights[run_number][place], out=out) if weights else partial(out.copy_, rows))
             start += end - begin
         run(jobs)
         ctx.inputs, ctx.runs, ctx.num_parts = inputs, runs, num_parts
@@ -197,8 +198,8 @@ class _ProjectAndSum(torch.autograd.Function):
 
 def _project_back(rows: Tensor, grad: Tensor, weight: Tensor, grad_rows: Tensor) -> Tensor:
     """For rows (n, E) @ weight (E, D) and its gradient (n, D): that of the rows into grad_rows; the weight's is returned."""
-    torch.mm(grad, weight.T, out=grad_rows)
-    return rows.T @ grad
+    mm(grad, weight.T, out=grad_rows)
+    return mm(rows.T, grad)
 
 
 def _sum_bags_in_pieces(vectors: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import step_kernels
+from blas import Linear, linear
 from parallel import Piece, dropout_generator, row_pieces, run, user_pieces
 
 # Whether torch.export traces the model. torch 2.7 brought it: with an older one --export of some models fails, in torch; all else works.
@@ -196,9 +197,9 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, attention_dropout: float) -> None:
         super().__init__()
         self.num_heads, self.attention_dropout = num_heads, attention_dropout
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.qkv.fused = 3  # matrices in one: muon.py
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
 
     def forward(
         self,
@@ -236,11 +237,11 @@ class CausalSelfAttention(nn.Module):
         return grid.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
-def linear_rows(linear: nn.Linear, x: Tensor, begin: int, end: int) -> Tensor:
-    """Of a linear layer that is `linear.fused` ones in one, the results of those from begin to end: (N, D) -> (N, (end - begin) W)."""
-    width = linear.out_features // linear.fused
+def linear_rows(layer: nn.Linear, x: Tensor, begin: int, end: int) -> Tensor:
+    """Of a linear layer that is `layer.fused` ones in one, the results of those from begin to end: (N, D) -> (N, (end - begin) W)."""
+    width = layer.out_features // layer.fused
     part = slice(begin * width, end * width)
-    return F.linear(x, linear.weight[part], None if linear.bias is None else linear.bias[part])
+    return linear(x, layer.weight[part], None if layer.bias is None else layer.bias[part])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
@@ -268,9 +269,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = activation
         inner, fused = inner_size(width * multiplier, activation)
-        self.inner = nn.Linear(width, fused * inner)
+        self.inner = Linear(width, fused * inner)
         self.inner.fused = fused  # matrices in one: muon.py
-        self.out = nn.Linear(inner, width)
+        self.out = Linear(inner, width)
         self.dropout = Dropout(dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import step_kernels
+from blas import mm
 from parallel import Piece, halves, row_pieces, run
 
 CHUNK_ENTRIES = 1 << 19  # logits a chunk on CPU: 2 MB of float32
@@ -222,7 +223,7 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
             scaled = query[part].detach().to(dtype) / temperature  # (n, D)
             target, weight = target_index[part], share[part]
             targets = items.index_select(0, target)  # (n, D)
-            logits = torch.mm(scaled, candidates.T, out=buffer[: len(scaled)])  # (n, C)
+            logits = mm(scaled, candidates.T, out=buffer[: len(scaled)])  # (n, C)
             if log_q is not None:
                 logits.sub_(candidate_log_q)
             own = (scaled * targets).sum(1)  # (n,)
@@ -254,8 +255,8 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
             own_factor = (own_exp * factor[:, 0] - weight)[:, None]
             if spread is not None:
                 own_factor += (own_share.of_target * weight)[:, None]
-            grad = torch.mm(exp, candidates).mul_(factor).add_(targets.mul_(own_factor))  # (n, D)
-            grad_candidates.addmm_(exp.T, scaled * factor)
+            grad = mm(exp, candidates).mul_(factor).add_(targets.mul_(own_factor))  # (n, D)
+            mm(exp.T, scaled * factor, out=grad_candidates, add=True)
             if spread is not None:
                 each = (own_share.of_each * weight)[:, None]
                 grad.add_(each * spread.sum)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from actions import ActionConditioning, ActionHead, wanted_in_training
 from backbones import BACKBONES
+from blas import linear
 from dataset import Batch
 from embedding import JointTable, RowProjection
 from features import ITEM_ID, Dense, FeatureInputs, SideInputs, TableLayout
@@ -70,7 +71,7 @@ class DenseProjection(nn.Module):
         present = dense.present[:, None].to(values.dtype)
         # Two more columns choose between the bias and the missing vector (the values are zeros there): one product, and no torch.where.
         values = torch.cat((values * scale, present, 1 - present), dim=1)
-        return values @ torch.cat((self.projection.weight.T, self.projection.bias[None], self.missing[None]))
+        return linear(values, torch.cat((self.projection.weight, self.projection.bias[:, None], self.missing[:, None]), dim=1))
 
 
 def heads_of(loss) -> dict[str, object]:

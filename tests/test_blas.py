@@ -1,0 +1,180 @@
+"""Products by OpenBLAS give what torch's give, up to rounding, and are taken where they may be."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reliability_world import make_trainer
+
+import blas
+from blas import Linear, linear, mm
+from footprint import Footprint
+from losses import softmax_loss
+from parallel import cores
+
+
+@pytest.fixture
+def openblas(monkeypatch: pytest.MonkeyPatch):
+    """OpenBLAS with whatever kernels it has chosen here; counts the calls."""
+
+    class Any:
+        def __contains__(self, name: object) -> bool:
+            return True
+
+    monkeypatch.setattr(blas, "AVX512_CORES", Any())
+    blas._sgemm.cache_clear()
+    found = blas._sgemm()
+    if found is None:
+        blas._sgemm.cache_clear()
+        pytest.skip("no AMD processor with AVX-512 that torch uses, or numpy brings no such OpenBLAS")
+    calls = []
+    monkeypatch.setattr(blas, "_sgemm", lambda: lambda *arguments: (calls.append(1), found(*arguments)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield calls
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    getattr(blas._sgemm, "cache_clear", lambda: None)()
+
+
+SIZES = [(5, 7, 3), (1, 7, 3), (5, 1, 3), (5, 7, 1), (1, 1, 1), (1, 6, 1), (300, 33, 65)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("add", [False, True])
+def test_products_in_every_layout(openblas: list, size: tuple[int, int, int], add: bool) -> None:
+    rows, inner, columns = size
+    torch.manual_seed(0)
+
+    def layouts(rows: int, columns: int):
+        yield torch.randn(rows, columns)
+        yield torch.randn(columns, rows).T
+        yield torch.randn(rows, 2 * columns + 1)[:, 1 : columns + 1]  # rows apart
+        yield torch.randn(columns, rows + 3)[:, 3:].T
+        yield torch.randn(rows, 2 * columns)[:, ::2]  # entries apart: copied
+        yield torch.randn(1, columns).expand(rows, -1)
+        yield torch.nn.Parameter(torch.randn(rows, columns)).detach()
+
+    for a, b in itertools.product(layouts(rows, inner), layouts(inner, columns)):
+        whole = torch.randn(rows + 2, columns + 3)
+        out, kept = whole[1:-1, 1 : columns + 1], whole.clone()
+        kept[1:-1, 1 : columns + 1] = a.double() @ b.double() + (out if add else 0)
+        assert mm(a, b, out=out, add=add) is out
+        torch.testing.assert_close(whole, kept)  # around out too
+        torch.testing.assert_close(mm(a, b), (a.double() @ b.double()).float())
+    assert openblas
+
+
+def test_products_of_nothing(openblas: list) -> None:
+    assert mm(torch.ones(0, 3), torch.ones(3, 4)).shape == (0, 4) and mm(torch.ones(2, 3), torch.ones(3, 0)).shape == (2, 0)
+    assert torch.equal(mm(torch.ones(2, 0), torch.ones(0, 3)), torch.zeros(2, 3))
+    assert torch.equal(mm(torch.ones(2, 0), torch.ones(0, 3), out=torch.ones(2, 3), add=True), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("out", [None, torch.empty(3, 3), torch.empty(3, 2).T])
+def test_sizes_that_do_not_fit_write_nowhere(openblas: list, out: torch.Tensor | None) -> None:
+    with pytest.raises(ValueError, match=r"mm: \(2, 3\) @ \(.*into"):
+        mm(torch.ones(2, 3), torch.ones(4 if out is None else 3, 3), out=out)
+    assert not openblas
+
+
+def test_values_that_are_no_numbers_come_through(openblas: list) -> None:
+    a = torch.tensor([[np.nan, 0.0], [np.inf, 1.0], [0.0, 1.0]])
+    found = mm(a, torch.eye(2))
+    assert found[0].isnan().any() and not found[1].isfinite().all() and torch.equal(found[2], a[2])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_and_its_gradients(openblas: list, monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    torch.manual_seed(1)
+    layer, x, upstream = Linear(9, 12, bias=bias), torch.randn(600, 9, requires_grad=True), torch.randn(12, 600).T
+
+    def found():
+        out = layer(x)
+        return out, *torch.autograd.grad(out, [x, *layer.parameters()], upstream)
+
+    fast, num_calls = found(), len(openblas)
+    monkeypatch.setattr(blas, "ENABLED", False)
+    torch.testing.assert_close(fast, found(), atol=1e-4, rtol=1e-5)
+    assert num_calls == 3 == len(openblas)
+
+
+def test_a_layer_without_a_gradient_for_its_input(openblas: list) -> None:
+    layer, x = Linear(4, 3), torch.randn(5, 4)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(3, -1))
+    assert len(openblas) == 2
+
+
+@pytest.mark.parametrize("logq", [False, True])
+def test_a_softmax(openblas: list, monkeypatch: pytest.MonkeyPatch, logq: bool) -> None:
+    torch.manual_seed(2)
+    query, items = torch.randn(300, 16, requires_grad=True), torch.randn(90, 16, requires_grad=True)
+    options = {"candidate_index": torch.arange(0, 90, 2), "log_q": torch.randn(90)} if logq else {}
+
+    def found():
+        loss = softmax_loss(query, items, torch.arange(300) % 90, temperature=0.3, **options)
+        return loss, *torch.autograd.grad(loss, [query, items])
+
+    fast = found()
+    assert openblas
+    monkeypatch.setattr(blas, "ENABLED", False)
+    torch.testing.assert_close(fast, found())
+
+
+@pytest.mark.parametrize("settings", [{}, {"name": "bce", "item_tower": "linear"}, {"backbone": "hstu"}, {"activation": "swiglu"}])
+def test_training_is_the_same_up_to_rounding(openblas: list, monkeypatch: pytest.MonkeyPatch, tmp_path, settings: dict) -> None:
+    def losses(name: str) -> list[float]:
+        options = {"num_workers": 0, "max_steps": 12, "learning_rate": 1e-3, "optimizer": "adamw", "temperature": 0.2, **settings}
+        trainer = make_trainer(tmp_path / name, eval_every_epochs=1000, **options)
+        update, found = trainer._update, []
+        trainer._update = lambda *batch: (update(*batch), found.append(trainer.loss_sum))
+        trainer.fit()
+        return found
+
+    fast = losses("fast")
+    assert len(openblas) > 100
+    monkeypatch.setattr(blas, "ENABLED", False)
+    assert fast == pytest.approx(losses("slow"), rel=1e-5)
+
+
+def test_where_torchs_products_are_taken(openblas: list) -> None:
+    x, weight = torch.randn(6, 4), torch.randn(5, 4, requires_grad=True)
+    with torch.no_grad():
+        linear(x, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    linear(x.double(), weight.double())
+    torch.testing.assert_close(linear(x.view(2, 3, 4), weight), F.linear(x, weight).view(2, 3, 5))
+    mm(x.double(), weight.T.detach().double())
+    with Footprint():
+        mm(torch.empty(6, 4), torch.empty(4, 5))
+    torch.set_num_threads(2)
+    mm(x, weight.T.detach())
+    linear(x, weight)
+    torch.set_num_threads(1)
+    assert not openblas
+    with cores(2):  # the pieces of a step have a core each
+        mm(x, weight.T.detach())
+    assert len(openblas) == 1
+
+
+def test_only_where_openblas_has_the_better_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    blas._sgemm.cache_clear()
+    monkeypatch.setattr(blas, "AVX512_CORES", ())
+    assert blas._sgemm() is None
+    torch.testing.assert_close(mm(torch.ones(2, 3), torch.ones(3, 4), out=torch.ones(2, 4), add=True), torch.full((2, 4), 4.0))
+
+
+@pytest.mark.parametrize("what", ["AVX512_CORES", "OLDEST"])
+def test_an_old_library_is_left_alone(openblas: list, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(blas, what, () if what == "AVX512_CORES" else (99, 0, 0))
+    blas._sgemm.cache_clear()
+    assert blas._sgemm() is None
