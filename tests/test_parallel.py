@@ -96,3 +96,12 @@ def test_a_checkpoint_replays_the_dropout_of_a_piece() -> None:
     with second:
         assert torch.equal(one, torch.rand(4, generator=parallel.dropout_generator()))
     assert parallel.dropout_generator() is None
+
+
+def test_small_freed_blocks_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the heap of a training run grows without end: see keep_freed_memory."""
+    calls = {}
+    library = type("Library", (), {"mallopt": staticmethod(lambda option, value: calls.__setitem__(option, value))})
+    monkeypatch.setattr(parallel.ctypes, "CDLL", lambda name: library)
+    parallel.keep_freed_memory(2)
+    assert calls == {1: 0, -1: parallel.KEPT_BYTES, -3: 32 << 20, -8: 4}
