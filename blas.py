@@ -1,10 +1,11 @@
 """Matrix products on CPU: torch's, or OpenBLAS's where torch leaves half of the processor unused. Knows no models.
 
 torch's MKL takes AVX2 kernels on processors that are not Intel's, whatever these can do. On AMD's with AVX-512 products go to the
-OpenBLAS that numpy's wheel brings, where that has chosen its AVX-512 kernels (OPENBLAS_CORETYPE, where set, says which): the same up to
-rounding, each by one core: for steps whose pieces have a core each (parallel.py).
+OpenBLAS (0.3.31 or later) that numpy's wheel brings, where that has chosen its AVX-512 kernels (OPENBLAS_CORETYPE, where set, says
+which): the same up to rounding, each by one core, where torch's operations have one: in steps of up to 7 threads (parallel.cores). From
+the first such product on, numpy's own linear algebra has one thread too, in the whole process.
 
-Measured, one core of a Zen 5, torch's product and this one, GFLOP/s, of some 4,000 rows: 32 columns 90 and 166, 64 97 and 191, 128 103
+Measured, one core of a Zen 5, torch's product and this one, GFLOP/s, of some 4,000 rows: 32 columns 90 and 166, 64 97 and 191, 128 104
 and 219; transposed (the gradient of a weight) 87 and 123, 96 and 170, 100 and 197 (experiments/2026-11-30-products.md). Rejected: oneDNN
 through torch.ops.mkldnn, 171 to 243, which compiles a kernel for every number of rows it has not met: .3 ms each time, and every step of
 training has other numbers.
@@ -19,6 +20,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,37 +30,40 @@ from torch.autograd.function import once_differentiable
 
 ENABLED = True  # False: torch's products everywhere, for tests
 AVX512_CORES = ("SkylakeX", "Cooperlake", "SapphireRapids")  # OpenBLAS's names for its kernels
-OLDEST = 0, 3, 31  # of OpenBLAS: those before may be wrong on processors newer than they are
+OLDEST = 0, 3, 31  # of OpenBLAS: the one that was tried
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112  # cblas.h
 
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """a (N, I) @ b (I, O) in out (N, O), or, with add, added to what it holds. Without gradients.
+    """a (N, I) @ b (I, O) in out (N, O), or, with add, added to what it holds, as torch.mm and addmm_.
 
-    a and b may be transposed views. out: None = a new tensor. Raises ValueError or torch's RuntimeError where sizes do not fit.
+    a and b may be transposed views. out: None = a new tensor, else none of a's or b's memory. Where a gradient is wanted torch's products
+    are taken.
     """
-    if not _usable(a, b) or not (out is None or _usable(out)):
+    matrices = (a, b) if out is None else (a, b, out)
+    fits = a.shape[-1] == b.shape[0] and (out is None or (out.shape == (len(a), b.shape[1]) and _rows_apart(out)))
+    if (
+        not fits
+        or not all(map(len, matrices))
+        or not _usable(*matrices)
+        or (torch.is_grad_enabled() and any(m.requires_grad for m in matrices))
+    ):
         return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    out = torch.empty(a.shape[0], b.shape[1]) if out is None else out
+    out = torch.empty(len(a), b.shape[1]) if out is None else out
     (rows, inner), columns = a.shape, b.shape[1]
-    if b.shape[0] != inner or out.shape != (rows, columns) or (columns > 1 and out.stride(1) != 1):
-        raise ValueError(f"mm: {tuple(a.shape)} @ {tuple(b.shape)} into {tuple(out.shape)} with strides {out.stride()}")
-    if not inner:
-        return out if add else out.zero_()
-    if rows and columns:
-        (a, a_kind, a_row), (b, b_kind, b_row) = _layout(a), _layout(b)
-        places = a.data_ptr(), a_row, b.data_ptr(), b_row
-        _sgemm()(_ROW_MAJOR, a_kind, b_kind, rows, columns, inner, 1.0, *places, float(add), out.data_ptr(), max(out.stride(0), columns))
+    (a, a_kind, a_row), (b, b_kind, b_row) = _layout(a), _layout(b)
+    places = a.data_ptr(), a_row, b.data_ptr(), b_row
+    _sgemm()(_ROW_MAJOR, a_kind, b_kind, rows, columns, inner, 1.0, *places, float(add), out.data_ptr(), max(out.stride(0), columns))
     return out
 
 
 def _usable(*tensors: Tensor) -> bool:
-    """Whether OpenBLAS takes these: matrices of float32, where it gains and nobody traces or counts what is done with them."""
+    """Whether OpenBLAS takes these: matrices of float32 with memory of their own (no shadows of footprint.py), where it gains."""
     return (
-        ENABLED
+        not torch.compiler.is_compiling()  # first: the rest cannot be traced
+        and ENABLED
         and all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.dim() == 2 and t.device.type == "cpu" for t in tensors)
         and torch.get_num_threads() == 1  # with more, torch splits a product between them
-        and not torch.compiler.is_compiling()
         and _sgemm() is not None
     )
 
@@ -66,11 +71,17 @@ def _usable(*tensors: Tensor) -> bool:
 def _layout(matrix: Tensor) -> tuple[Tensor, int, int]:
     """The matrix as BLAS can read it (a copy where its entries lie otherwise), its kind, and how far its rows (or columns) are apart."""
     rows, columns = matrix.shape
-    if (columns == 1 or matrix.stride(1) == 1) and (rows == 1 or matrix.stride(0) >= columns):
+    if _rows_apart(matrix):
         return matrix, _PLAIN, max(matrix.stride(0), columns)
-    if (rows == 1 or matrix.stride(0) == 1) and (columns == 1 or matrix.stride(1) >= rows):
+    if _rows_apart(matrix.T):
         return matrix, _TRANSPOSED, max(matrix.stride(1), rows)
     return matrix.contiguous(), _PLAIN, columns
+
+
+def _rows_apart(matrix: Tensor) -> bool:
+    """Whether each row lies without gaps, and no two overlap."""
+    rows, columns = matrix.shape
+    return (columns == 1 or matrix.stride(1) == 1) and (rows == 1 or matrix.stride(0) >= columns)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -107,9 +118,25 @@ class _Linear(torch.autograd.Function):
         )
 
 
-@cache
+def library() -> str:
+    """Whose products a step of few threads takes: "torch", or OpenBLAS's version and core."""
+    found = _openblas()
+    return "torch" if found is None else found.name
+
+
 def _sgemm() -> Callable | None:
-    """cblas_sgemm of numpy's OpenBLAS where its kernels are better than torch's, one thread a call; else None."""
+    found = _openblas()
+    return None if found is None else found.sgemm
+
+
+class _OpenBLAS(NamedTuple):
+    name: str
+    sgemm: Callable  # cblas_sgemm, one thread a call
+
+
+@cache
+def _openblas() -> _OpenBLAS | None:
+    """numpy's, where its kernels are better than torch's; else None."""
     try:
         if "AuthenticAMD" not in Path("/proc/cpuinfo").read_text() or torch.backends.cpu.get_cpu_capability() != "AVX512":
             return None
@@ -117,7 +144,8 @@ def _sgemm() -> Callable | None:
         library = ctypes.CDLL(str(path))
         core, config = library.scipy_openblas_get_corename64_, library.scipy_openblas_get_config64_
         core.restype = config.restype = ctypes.c_char_p
-        if core().decode() not in AVX512_CORES or tuple(map(int, re.findall(rb"\d+", config())[:3])) < OLDEST:
+        version = ".".join(re.findall(r"\d+", config().decode())[:3])
+        if core().decode() not in AVX512_CORES or tuple(map(int, version.split("."))) < OLDEST:
             return None
         sgemm, set_num_threads = library.scipy_cblas_sgemm64_, library.scipy_openblas_set_num_threads64_
     except (OSError, AttributeError, ValueError):  # no Linux; numpy brings another BLAS, or another build of this one
@@ -126,4 +154,4 @@ def _sgemm() -> Callable | None:
     size, pointer, kind = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     sgemm.argtypes = [kind] * 3 + [size] * 3 + [ctypes.c_float, pointer, size, pointer, size, ctypes.c_float, pointer, size]
     sgemm.restype = None
-    return sgemm
+    return _OpenBLAS(f"OpenBLAS {version} {core().decode()}", sgemm)

@@ -29,4 +29,5 @@ SHAPE = {
     "cpu_capability?": TEXT,
     "threads?": COUNT,
     "numba?": FLAG,
+    "products?": TEXT,
 }

@@ -2,7 +2,8 @@
 
 torch's own threads split each operation and wait for one another after it: with operations of a millisecond, and the loader's thread
 beside them, two cores do the work of 1.1. Here a piece is a share of the batch's users or rows that goes through many operations, stays
-in its core's cache, and waits once. The pieces depend on the batch alone, never on the number of threads: results are the same for any.
+in its core's cache, and waits once. The pieces depend on the batch alone, never on the number of threads: results are the same for any up
+to 7; from 8 on torch's operations have several threads each, and take another library of products (blas.py).
 
 Legend: N tokens or rows, D width.
 """
@@ -58,7 +59,7 @@ def keep_freed_memory(num_threads: int) -> None:
 
 
 def give_freed_memory_back() -> None:
-    """Undo `keep_freed_memory`: what is free goes back to the system now, and later blocks of 4 MB and more when they are freed.
+    """After `keep_freed_memory`: what is free goes back to the system now, and later blocks of 4 MB and more when they are freed.
 
     For what comes between training steps: ranking 10,000 users of 478,000 items on top of what training had kept took 1,156 MiB in all;
     so, 818, in the same time.

@@ -1,46 +1,41 @@
 """Products by OpenBLAS give what torch's give, up to rounding, and are taken where they may be."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from reliability_world import make_trainer
 
 import blas
 from blas import Linear, linear, mm
 from footprint import Footprint
 from losses import softmax_loss
-from parallel import cores
+from parallel import cores, in_pieces, row_pieces
+
+
+@pytest.fixture(autouse=True)
+def _chosen_anew():
+    yield
+    blas._openblas.cache_clear()
 
 
 @pytest.fixture
-def openblas(monkeypatch: pytest.MonkeyPatch):
-    """OpenBLAS with whatever kernels it has chosen here; counts the calls."""
-
-    class Any:
-        def __contains__(self, name: object) -> bool:
-            return True
-
-    monkeypatch.setattr(blas, "AVX512_CORES", Any())
-    blas._sgemm.cache_clear()
-    found = blas._sgemm()
+def openblas(monkeypatch: pytest.MonkeyPatch) -> list:
+    """OpenBLAS with whatever kernels it has chosen here, in a process of one thread; counts the calls."""
+    monkeypatch.setattr(blas, "AVX512_CORES", type("All", (), {"__contains__": lambda self, core: True})())
+    blas._openblas.cache_clear()
+    found, calls = blas._sgemm(), []
     if found is None:
-        blas._sgemm.cache_clear()
         pytest.skip("no AMD processor with AVX-512 that torch uses, or numpy brings no such OpenBLAS")
-    calls = []
     monkeypatch.setattr(blas, "_sgemm", lambda: lambda *arguments: (calls.append(1), found(*arguments)))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield calls
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _forget():
-    yield
-    getattr(blas._sgemm, "cache_clear", lambda: None)()
 
 
 SIZES = [(5, 7, 3), (1, 7, 3), (5, 1, 3), (5, 7, 1), (1, 1, 1), (1, 6, 1), (300, 33, 65)]
@@ -77,11 +72,27 @@ def test_products_of_nothing(openblas: list) -> None:
     assert torch.equal(mm(torch.ones(2, 0), torch.ones(0, 3), out=torch.ones(2, 3), add=True), torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("out", [None, torch.empty(3, 3), torch.empty(3, 2).T])
-def test_sizes_that_do_not_fit_write_nowhere(openblas: list, out: torch.Tensor | None) -> None:
-    with pytest.raises(ValueError, match=r"mm: \(2, 3\) @ \(.*into"):
-        mm(torch.ones(2, 3), torch.ones(4 if out is None else 3, 3), out=out)
+@pytest.mark.parametrize("out", [None, torch.empty(3, 3), torch.empty(2, 4)])
+def test_sizes_that_do_not_fit_are_torchs_to_refuse(openblas: list, out: torch.Tensor | None) -> None:
+    for add in (False, True) if out is not None else (False,):
+        with pytest.raises(RuntimeError):
+            mm(torch.ones(2, 3), torch.ones(3 if out is not None and out.shape == (3, 3) and add else 4, 3), out=out, add=add)
     assert not openblas
+
+
+def test_where_rows_lie_otherwise_torch_writes(openblas: list) -> None:
+    a, b, out = torch.randn(4, 5), torch.randn(5, 3), torch.ones(3, 4).T
+    torch.testing.assert_close(mm(a, b, out=out, add=True), 1 + a @ b)
+    with pytest.raises(RuntimeError):  # rows on top of one another
+        mm(a, b, out=torch.zeros(3).expand(4, 3))
+    assert not openblas
+
+
+def test_gradients_are_not_lost(openblas: list) -> None:
+    x, weight = torch.randn(4, 5), torch.randn(5, 3, requires_grad=True)
+    assert mm(x, weight).requires_grad and not openblas
+    with torch.no_grad():
+        assert not mm(x, weight).requires_grad and openblas
 
 
 def test_values_that_are_no_numbers_come_through(openblas: list) -> None:
@@ -165,16 +176,44 @@ def test_where_torchs_products_are_taken(openblas: list) -> None:
     assert len(openblas) == 1
 
 
-def test_only_where_openblas_has_the_better_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    blas._sgemm.cache_clear()
-    monkeypatch.setattr(blas, "AVX512_CORES", ())
-    assert blas._sgemm() is None
-    torch.testing.assert_close(mm(torch.ones(2, 3), torch.ones(3, 4), out=torch.ones(2, 4), add=True), torch.full((2, 4), 4.0))
+def test_side_by_side(openblas: list) -> None:
+    """Threads of a step's pieces call at once, through layers with gradients."""
+    torch.manual_seed(3)
+    layer, x = Linear(48, 40), torch.randn(4000, 48)
+
+    def body(number: int, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (layer(x),)
+
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    wanted = torch.autograd.grad(expected.square().sum(), layer.weight)[0]
+    with cores(2):
+        for _ in range(20):
+            (out,) = in_pieces(body, row_pieces(len(x)), (x,), [*layer.parameters()])
+            torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(torch.autograd.grad(out.square().sum(), layer.weight)[0], wanted, atol=1e-2, rtol=1e-5)
+    assert len(openblas) == 20 * 4 * 2
 
 
-@pytest.mark.parametrize("what", ["AVX512_CORES", "OLDEST"])
-def test_an_old_library_is_left_alone(openblas: list, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(blas, what, () if what == "AVX512_CORES" else (99, 0, 0))
-    blas._sgemm.cache_clear()
-    assert blas._sgemm() is None
+def test_recomputed_gradients(openblas: list) -> None:
+    layer, x = Linear(6, 6), torch.randn(9, 6, requires_grad=True)
+    plain = torch.autograd.grad(layer(layer(x)).square().sum(), [x, layer.weight])
+    again = torch.autograd.grad(checkpoint(lambda x: layer(layer(x)), x, use_reentrant=False).square().sum(), [x, layer.weight])
+    assert all(map(torch.equal, plain, again)) and openblas
+
+
+def test_a_compiler_sees_one_graph() -> None:
+    layer, x = torch.nn.Sequential(Linear(4, 8), torch.nn.ReLU(), Linear(8, 4)), torch.randn(3, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_only_where_openblas_has_the_better_kernels(openblas: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by its core and its version; and what a checkpoint notes of it."""
+    assert re.fullmatch(r"OpenBLAS \d+\.\d+\.\d+ \w+", blas.library())
+    for name, value in (("AVX512_CORES", ()), ("OLDEST", (99, 0, 0))):
+        with monkeypatch.context() as changed:
+            changed.setattr(blas, name, value)
+            blas._openblas.cache_clear()
+            assert blas._openblas() is None and blas.library() == "torch"
+    blas._openblas.cache_clear()
+    assert blas._openblas() is not None

@@ -120,14 +120,17 @@ def started_as(meta: dict, now: dict, monkeypatch) -> str | None:
 
 
 def test_what_changes_the_bits_is_said_in_one_line_and_nothing_where_all_is_equal(monkeypatch):
-    then = {"torch": "2.10.0", "device": "cpu", "cpu_capability": "AVX2", "threads": 2, "numba": True}
+    then = {"torch": "2.10.0", "device": "cpu", "cpu_capability": "AVX2", "threads": 2, "numba": True, "products": "torch"}
     assert started_as(then, then, monkeypatch) == ""
     assert started_as({"torch": "2.10.0"}, then, monkeypatch) == ""  # of before the other keys
     line = "goes on, bit for bit no longer promised: torch 2.10.0 then, 2.13.0 now"
     for meta in (then, {"torch": "2.10.0"}):
         assert started_as(meta, then | {"torch": "2.13.0"}, monkeypatch) == line
-    now = {"torch": "2.13.0", "device": "cpu", "cpu_capability": "AVX512", "threads": 1, "numba": False}
-    rest = "CPU capability AVX2 then, AVX512 now; threads 2 then, 1 now; numba there then, not there now"
+    now = {"torch": "2.13.0", "device": "cpu", "cpu_capability": "AVX512", "threads": 1, "numba": False, "products": "OpenBLAS 0.3.31"}
+    rest = (
+        "CPU capability AVX2 then, AVX512 now; threads 2 then, 1 now; numba there then, not there now; "
+        "products torch then, OpenBLAS 0.3.31 now"
+    )
     assert started_as(then, now, monkeypatch) == f"{line}; {rest}"
     now_cuda = {"torch": "2.10.0", "device": "NVIDIA H100"}
     assert started_as(then, now_cuda, monkeypatch) == "goes on, bit for bit no longer promised: device cpu then, NVIDIA H100 now"
@@ -138,7 +141,7 @@ def test_what_the_present_process_computes_on(monkeypatch):
     """Asked for inside and outside the training loop, which is where checkpoints are written and read."""
     device = torch.device("cpu")
     found = compatibility.computed_on(device)
-    assert set(found) == {"torch", "device", "cpu_capability", "threads", "numba"} and all(
+    assert set(found) == {"torch", "device", "cpu_capability", "threads", "numba", "products"} and all(
         f"{key}?" in SHAPE for key in set(found) - {"torch"}
     )
     assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads() and found["device"] == "cpu"
