@@ -446,8 +446,8 @@ def with_values(config: Config, **values: object) -> Config:
     return Config.from_dict(tree, "with_values")
 
 
-def warnings_for(config: Config) -> list[str]:
-    """A line for each value that differs from its default and has no effect under the other settings, or a costly one."""
+def idle_keys(config: Config) -> dict[str, str]:
+    """{key: why} of those that have no effect under the other settings, at their defaults or not."""
     t, loss, ev, model = config.training, config.loss, config.eval, config.model
     by_name = f"with loss.name {loss.name}"
     of_tensorboard = ("tensorboard_path", "tensorboard_histograms", "tensorboard_figures", "projector_items")
@@ -490,8 +490,18 @@ def warnings_for(config: Config) -> list[str]:
         (ev.protocol == "leave_one_out", ("holdout_fraction", "target"), "with eval.protocol leave_one_out"),
         (not config.system.tensorboard, of_tensorboard, "with system.tensorboard false"),
     ]
+    found: dict[str, str] = {}
+    for holds, names, why in idle:
+        for name in names if holds else ():
+            found.setdefault(name, why)  # of several reasons the first
+    return found
+
+
+def warnings_for(config: Config) -> list[str]:
+    """A line for each value that differs from its default and has no effect under the other settings, or a costly one."""
+    loss, model = config.loss, config.model
     lines = [f"{KEYS[name].path} {show(config.get(name))} has no effect {why}."
-             for holds, names, why in idle if holds for name in names if config.get(name) != KEYS[name].default]  # fmt: skip
+             for name, why in idle_keys(config).items() if config.get(name) != KEYS[name].default]  # fmt: skip
     if loss.name == "bce" and loss.num_negatives > 64:
         lines.append(f"loss.num_negatives {loss.num_negatives} are drawn for each position with loss.name bce; 1 is usual.")
     if model.attention_dropout > 0:

@@ -41,7 +41,7 @@ import yaml
 
 from charts import lines
 from atomic import write_text_atomic
-from config import KEYS, Config, PathsConfig, with_values
+from config import KEYS, Config, PathsConfig, idle_keys, with_values
 from errors import ArgumentParser, UserError, run_cli
 from metrics import nested_interval, paired_bootstrap
 from report_compare import gains
@@ -310,8 +310,9 @@ def write_rows(sweep: Sweep, path: Path, out: Path, only: list[str], seeds: list
 
 
 def without_place(config: Config) -> Config:
-    """What two runs of a row have alike: all but the paths and the seed."""
-    return with_values(replace(config, paths=PathsConfig()), seed=0)
+    """What two runs of a row have alike: all but the paths, the seed, and what has no effect under the other settings."""
+    plain = replace(config, paths=PathsConfig())
+    return with_values(plain, **{name: KEYS[name].default for name in idle_keys(plain)}, seed=0)
 
 
 def differing(config: Config, other: Config) -> list[str]:

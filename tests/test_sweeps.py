@@ -268,9 +268,15 @@ def test_rows_are_written_as_their_runs_were_made(tmp_path, monkeypatch, capsys)
     assert "# Run on d, seeds 1 2: 2020-02-02, commit beef, A CPU, 4 cores, cpu, torch 2.99." in header and "Not run" not in header
     assert "# Run on d, seeds 3: 2020-02-02, commit cafe, A CPU" in header and "by now" not in header and "Left out" not in header
     assert config == with_values(Config(), learning_rate=0.1, seed=1)
-    # One of other settings is left out; the sweep file's settings come first, and where no run has them, the runs'.
+    # A setting without effect makes no difference, and is not written.
     resolved = log / "config.resolved.yaml"
-    resolved.write_text(resolved.read_text().replace("learning_rate: 0.1", "learning_rate: 0.3", 1))
+    plain = resolved.read_text()
+    resolved.write_text(plain.replace("lr_gamma: 0.5", "lr_gamma: 0.25"))
+    assert plain != resolved.read_text()
+    assert rows_written(file, out, monkeypatch)["small-a_row.yaml"] == (header, config)
+    resolved.write_text(plain)
+    # One of other settings is left out; the sweep file's settings come first, and where no run has them, the runs'.
+    resolved.write_text(plain.replace("learning_rate: 0.1", "learning_rate: 0.3", 1))
     header, config = rows_written(file, out, monkeypatch)["small-a_row.yaml"]
     assert "Left out: the run on d, seed 3, which had another learning_rate." in header and "cafe" not in header
     file.write_text(file.read_text().replace("0.1", "0.2"))
