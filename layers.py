@@ -288,7 +288,16 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
     if activation == "swiglu":
         value, gate = hidden.chunk(2, dim=-1)
         return value * F.silu(gate)
-    return F.gelu(hidden) if activation == "gelu" else F.relu(hidden)
+    return gelu(hidden) if activation == "gelu" else F.relu(hidden)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """F.gelu of a matrix (N, D). On CPU by torch's own kernel: oneDNN, which takes what is contiguous, makes one for each N it has not met.
+
+    Forward and backward of 2,000 to 4,000 x 256, one thread: 1.8 ms and 58 KiB that stay where N is new, 1.0 where it is not; so, 1.0.
+    """
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or is_exporting() or torch.compiler.is_compiling()
+    return F.gelu(x) if plain else F.gelu(x.T).T
 
 
 def pick(table: nn.Embedding, index: Tensor) -> Tensor:

@@ -21,13 +21,13 @@ from blas import linear
 from dataset import Batch
 from embedding import JointTable, RowProjection
 from features import ITEM_ID, Dense, FeatureInputs, SideInputs, TableLayout
-from layers import Dropout, Packing, Queries, gather_tokens, packed_pieces, pick
+from layers import Dropout, Packing, Queries, gather_tokens, gelu, packed_pieces, pick
 from parallel import in_pieces, row_pieces
 from schema import ANY_ACTION, NUM_ACTION_TYPES
 from time_features import TimeFeatures
 
 TEMPERATURES = math.log(0.01), math.log(1.0)  # of a learnt one, so that it cannot run away
-ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": gelu}
 
 
 class ItemVectors(NamedTuple):

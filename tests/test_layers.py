@@ -1,4 +1,4 @@
-"""layers.Dropout: its rate, scale, bits and gradient. The blocks themselves are tested through the model (tests/test_model.py)."""
+"""layers.Dropout: its rate, scale, bits and gradient; gelu. The blocks themselves are tested through the model (tests/test_model.py)."""
 
 import importlib.util
 import math
@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import footprint
 import layers
-from layers import Dropout
+from layers import Dropout, gelu
 
 
 def dropped(x, rate, seed=0):
@@ -137,3 +139,25 @@ def test_a_torch_without_is_exporting_is_one_that_does_not_export(monkeypatch):
     assert old.is_exporting() is False
     sources = [path for path in Path(layers.__file__).parent.glob("*.py") if path.stem != "layers"]
     assert not [path.name for path in sources if "compiler.is_exporting" in path.read_text(encoding="utf-8")]
+
+
+def test_gelu_makes_no_kernel_for_each_number_of_rows():
+    """What is left in use after 300 numbers of rows; F.gelu itself leaves some 17 MiB of this size."""
+    libc = footprint._libc()
+    if libc is None:
+        pytest.skip("this C library does not tell of its heap")
+
+    def shapes(function, first: int) -> int:
+        before = libc.mallinfo2().uordblks
+        for rows in range(first, first + 300):
+            x = torch.full((rows, 64), 0.5, requires_grad=True)
+            function(x).sum().backward()
+        return libc.mallinfo2().uordblks - before
+
+    shapes(gelu, 900)
+    assert shapes(gelu, 1000) < 1 << 20
+    x = torch.randn(7, 5, requires_grad=True)
+    found, wanted = gelu(x), F.gelu(x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*[torch.autograd.grad(out.square().sum(), x)[0] for out in (found, wanted)])
+    assert found.is_contiguous()
