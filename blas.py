@@ -141,17 +141,17 @@ def _openblas() -> _OpenBLAS | None:
         if "AuthenticAMD" not in Path("/proc/cpuinfo").read_text() or torch.backends.cpu.get_cpu_capability() != "AVX512":
             return None
         (path,) = (Path(np.__file__).parents[1] / "numpy.libs").glob("libscipy_openblas64_*.so")
-        library = ctypes.CDLL(str(path))
-        core, config = library.scipy_openblas_get_corename64_, library.scipy_openblas_get_config64_
-        core.restype = config.restype = ctypes.c_char_p
-        version = ".".join(re.findall(r"\d+", config().decode())[:3])
-        if core().decode() not in AVX512_CORES or tuple(map(int, version.split("."))) < OLDEST:
+        loaded = ctypes.CDLL(str(path))
+        get_core, get_config = loaded.scipy_openblas_get_corename64_, loaded.scipy_openblas_get_config64_
+        get_core.restype = get_config.restype = ctypes.c_char_p
+        core, version = get_core().decode(), ".".join(re.findall(r"\d+", get_config().decode())[:3])
+        if core not in AVX512_CORES or tuple(map(int, version.split("."))) < OLDEST:
             return None
-        sgemm, set_num_threads = library.scipy_cblas_sgemm64_, library.scipy_openblas_set_num_threads64_
+        sgemm, set_num_threads = loaded.scipy_cblas_sgemm64_, loaded.scipy_openblas_set_num_threads64_
     except (OSError, AttributeError, ValueError):  # no Linux; numpy brings another BLAS, or another build of this one
         return None
     set_num_threads(1)
     size, pointer, kind = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     sgemm.argtypes = [kind] * 3 + [size] * 3 + [ctypes.c_float, pointer, size, pointer, size, ctypes.c_float, pointer, size]
     sgemm.restype = None
-    return _OpenBLAS(f"OpenBLAS {version} {core().decode()}", sgemm)
+    return _OpenBLAS(f"OpenBLAS {version} {core}", sgemm)

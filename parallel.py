@@ -3,7 +3,7 @@
 torch's own threads split each operation and wait for one another after it: with operations of a millisecond, and the loader's thread
 beside them, two cores do the work of 1.1. Here a piece is a share of the batch's users or rows that goes through many operations, stays
 in its core's cache, and waits once. The pieces depend on the batch alone, never on the number of threads: results are the same for any up
-to 7; from 8 on torch's operations have several threads each, and take another library of products (blas.py).
+to 7; from 8 on torch's operations have several threads each, and may take another library of products (blas.py).
 
 Legend: N tokens or rows, D width.
 """
