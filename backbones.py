@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import fused_block
 from attention_bias import AttentionBias, Pairs
 from blas import Linear
 from experts import Experts
@@ -72,6 +73,8 @@ class TransformerBlock(_Block):
         super().__init__(config, attention, FeedForward(width, config.ffn_multiplier, config.activation, config.dropout_rate))
 
     def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor | None]:
+        if fused_block.takes(self, x, sequence):
+            return fused_block.run_block(self, x, sequence), None
         mixed = self._mix(self.attention_norm(x) if self.norm_first else x, sequence)
         x = sequence.wanted(x) + self.dropout(mixed)
         return self._fed_forward(x if self.norm_first else self.attention_norm(x))

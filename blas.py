@@ -120,32 +120,46 @@ class _Linear(torch.autograd.Function):
 
 def library() -> str:
     """Whose products a step of few threads takes: "torch", or OpenBLAS's version and core."""
-    found = _openblas()
+    found = _better()
     return "torch" if found is None else found.name
 
 
 def _sgemm() -> Callable | None:
-    found = _openblas()
+    found = _better()
     return None if found is None else found.sgemm
 
 
-class _OpenBLAS(NamedTuple):
-    name: str
+@cache
+def _better() -> OpenBLAS | None:
+    """`openblas` where its kernels are better than torch's."""
+    try:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    except OSError:
+        return None
+    found = openblas() if amd else None
+    return found if found is not None and found.core in AVX512_CORES else None
+
+
+class OpenBLAS(NamedTuple):
+    version: str
+    core: str  # whose kernels it has chosen
     sgemm: Callable  # cblas_sgemm, one thread a call
+
+    @property
+    def name(self) -> str:
+        return f"OpenBLAS {self.version} {self.core}"
 
 
 @cache
-def _openblas() -> _OpenBLAS | None:
-    """numpy's, where its kernels are better than torch's; else None."""
+def openblas() -> OpenBLAS | None:
+    """numpy's, with one thread from now on; None where it brings none that was tried."""
     try:
-        if "AuthenticAMD" not in Path("/proc/cpuinfo").read_text() or torch.backends.cpu.get_cpu_capability() != "AVX512":
-            return None
         (path,) = (Path(np.__file__).parents[1] / "numpy.libs").glob("libscipy_openblas64_*.so")
         loaded = ctypes.CDLL(str(path))
         get_core, get_config = loaded.scipy_openblas_get_corename64_, loaded.scipy_openblas_get_config64_
         get_core.restype = get_config.restype = ctypes.c_char_p
         core, version = get_core().decode(), ".".join(re.findall(r"\d+", get_config().decode())[:3])
-        if core not in AVX512_CORES or tuple(map(int, version.split("."))) < OLDEST:
+        if tuple(map(int, version.split("."))) < OLDEST:
             return None
         sgemm, set_num_threads = loaded.scipy_cblas_sgemm64_, loaded.scipy_openblas_set_num_threads64_
     except (OSError, AttributeError, ValueError):  # no Linux; numpy brings another BLAS, or another build of this one
@@ -154,4 +168,4 @@ def _openblas() -> _OpenBLAS | None:
     size, pointer, kind = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     sgemm.argtypes = [kind] * 3 + [size] * 3 + [ctypes.c_float, pointer, size, pointer, size, ctypes.c_float, pointer, size]
     sgemm.restype = None
-    return _OpenBLAS(f"OpenBLAS {version} {core}", sgemm)
+    return OpenBLAS(version, core, sgemm)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+FAST = frozenset(("reassoc", "contract", "nsz"))  # sums of floats in any order, so that they run in vectors
 ENABLED = True  # False: callers take the numpy way, for tests; NUMBA_DISABLE_JIT=1 does it for a process
 LIST, ID = -2, -1  # in place of a column's number: the field is filled elsewhere; the field's value is the id
 
@@ -364,7 +365,7 @@ def usable_numba():
 
 
 def compile_loop(numba, function: Callable, text: str, fast: bool = False) -> Callable:
-    """The compiled function, kept on disk. text: types of its arguments. fast: sums of floats in any order, so that they run in vectors."""
+    """The compiled function, kept on disk. text: types of its arguments. fast: with FAST."""
     types = {
         "i1": numba.int8,
         "i4": numba.int32,
@@ -379,7 +380,7 @@ def compile_loop(numba, function: Callable, text: str, fast: bool = False) -> Ca
         dtype, brackets, axes = word.partition("[")
         of_type = types[dtype.lower()]
         arguments.append(numba.types.Array(of_type, axes.count(":"), "C", readonly=dtype.islower()) if brackets else of_type)
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"} if fast else False}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": set(FAST) if fast else False}
     try:
         return numba.njit(tuple(arguments), cache=True, **options)(function)
     except (RuntimeError, OSError):  # no folder that can be written, or a full disk: compiled again in each process

@@ -133,6 +133,11 @@ class Dropout(nn.Module):
         super().__init__()
         self.rate = rate
 
+    @property
+    def cut(self) -> int:
+        """Of 2^16 draws those that are left out."""
+        return min(round(self.rate * 2**16), 2**16 - 1)
+
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
 
@@ -141,7 +146,7 @@ class Dropout(nn.Module):
             return x
         if x.is_cuda:
             return F.dropout(x, self.rate)
-        return _cpu_dropout(x, min(round(self.rate * 2**16), 2**16 - 1))
+        return _cpu_dropout(x, self.cut)
 
 
 @torch.compiler.disable  # numba's loops and numpy's numbers cannot be traced; with torch.compile the graph is cut here

@@ -20,14 +20,19 @@ from parallel import cores, in_pieces, row_pieces
 @pytest.fixture(autouse=True)
 def _chosen_anew():
     yield
-    blas._openblas.cache_clear()
+    choose_anew()
+
+
+def choose_anew() -> None:
+    blas.openblas.cache_clear()
+    blas._better.cache_clear()
 
 
 @pytest.fixture
 def openblas(monkeypatch: pytest.MonkeyPatch) -> list:
     """OpenBLAS with whatever kernels it has chosen here, in a process of one thread; counts the calls."""
     monkeypatch.setattr(blas, "AVX512_CORES", type("All", (), {"__contains__": lambda self, core: True})())
-    blas._openblas.cache_clear()
+    choose_anew()
     found, calls = blas._sgemm(), []
     if found is None:
         pytest.skip("no AMD processor with AVX-512 that torch uses, or numpy brings no such OpenBLAS")
@@ -213,7 +218,8 @@ def test_only_where_openblas_has_the_better_kernels(openblas: list, monkeypatch:
     for name, value in (("AVX512_CORES", ()), ("OLDEST", (99, 0, 0))):
         with monkeypatch.context() as changed:
             changed.setattr(blas, name, value)
-            blas._openblas.cache_clear()
-            assert blas._openblas() is None and blas.library() == "torch"
-    blas._openblas.cache_clear()
-    assert blas._openblas() is not None
+            choose_anew()
+            assert blas._better() is None and blas.library() == "torch"
+            assert (blas.openblas() is None) == (name == "OLDEST")
+    choose_anew()
+    assert blas._better() is not None

@@ -4,6 +4,7 @@ import torch
 from tiny import tiny_store
 from torch.profiler import ProfilerActivity, profile
 
+import fused_block
 from config import Config, with_values
 from dataset import BatchBuilder, predict_split
 from features import Dense, FeatureColumns, TableLayout, hashed_rows
@@ -254,7 +255,9 @@ def test_without_gradients_nothing_is_remembered():
     assert model.table.pop_touched() == []
 
 
-def test_the_flash_kernel_runs_in_training_and_no_mask_is_built():
+def test_the_flash_kernel_runs_in_training_and_no_mask_is_built(monkeypatch: pytest.MonkeyPatch):
+    """Where compiled loops do not take a block: on CPU with many threads, without numba, with options they lack."""
+    monkeypatch.setattr(fused_block, "takes", lambda *_: False)
     store, model, columns = make(dropout_rate=0.2)
     model.train()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
