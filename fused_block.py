@@ -27,6 +27,7 @@ from parallel import dropout_generator
 _KINDS = {"relu": block_kernels.RELU, "gelu": block_kernels.GELU, "swiglu": block_kernels.SWIGLU}
 _EPS = 1e-5  # of the norms
 _SMALLEST_TILE = 64  # tokens
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def takes(block: nn.Module, x: Tensor, sequence) -> bool:
@@ -45,8 +46,16 @@ def takes(block: nn.Module, x: Tensor, sequence) -> bool:
         and not (block.attention.attention_dropout and block.training)
         and not torch.is_autocast_enabled("cpu")
         and not is_exporting()
+        and not _hooked(block)
         and block_kernels.compiled() is not None
     )
+
+
+def _hooked(block: nn.Module) -> bool:
+    """Whether anyone waits for what a part of the block gives or is given, as diagnosis.py does."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    return any(any(getattr(module, name) for name in _HOOKS) for part in block.children() for module in part.modules())
 
 
 def run_block(block: nn.Module, x: Tensor, sequence) -> Tensor:

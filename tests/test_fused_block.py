@@ -148,6 +148,15 @@ def test_left_to_torch_where_the_loops_cannot() -> None:
     assert not fused_block.takes(make_block(time_bias=True), x, sequence)
     assert not fused_block.takes(make_block(), x.double(), sequence)
     assert not fused_block.takes(make_block(), x, sequence._replace(queries=Queries(torch.tensor([0]), packing)))
+    for part in ("feed_forward.inner", "attention", "dropout"):
+        hooked = make_block()
+        handle = hooked.get_submodule(part).register_forward_hook(lambda *_: None)
+        assert not fused_block.takes(hooked, x, sequence)
+        handle.remove()
+        assert fused_block.takes(hooked, x, sequence)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not fused_block.takes(make_block(), x, sequence)
+    handle.remove()
     with torch.no_grad():
         assert not fused_block.takes(make_block(), x, sequence)
     with torch.autocast("cpu", torch.bfloat16):
