@@ -48,7 +48,12 @@ class Hidden(NamedTuple):
 
 
 class MoreCandidates(NamedTuple):
-    """Candidates that are not among item_emb: none of them is a token's target."""
+    """Candidates that are not among item_emb, and have no gradient: none of them is a token's target.
+
+    The gradient of item_emb is that of the loss without them. Else a target would be pulled towards its query with all the weight that the
+    candidates with a gradient do not push away: what is pushed and what is pulled would no longer cancel, all of item_emb would drift
+    towards all queries, away from vectors that stay where they are, and the loss would fall for that alone.
+    """
 
     vectors: Tensor  # (E, D)
     log_q: Tensor | None  # (E,)
@@ -205,7 +210,9 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
     if more is not None:
         candidates = torch.cat((candidates, more.vectors.detach().to(dtype)))
         candidate_log_q = None if log_q is None else torch.cat((candidate_log_q, more.log_q.to(dtype)))
-    spread = _Spread(candidates, candidate_log_q, smoothing) if smoothing else None
+    spread = item_spread = _Spread(candidates, candidate_log_q, smoothing) if smoothing else None
+    if smoothing and more is not None:
+        item_spread = _Spread(candidates[:num_with_grad], None if log_q is None else candidate_log_q[:num_with_grad], smoothing)
     # The weight of each token in the mean: (N,)
     share = torch.full((num_tokens,), 1.0, dtype=dtype, device=device) if weights is None else weights.detach().to(dtype)
     share = share / share.sum().clamp_min(torch.finfo(dtype).tiny)
@@ -215,7 +222,7 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
     def job(piece: Piece) -> tuple[Tensor, Tensor | None]:
         """The share of one piece of the tokens: (loss, gradient of item_emb); rows of grad_query are filled in."""
         grad_item = torch.zeros_like(items) if with_grad else None
-        grad_candidates = grad_item if candidates is items or not with_grad else torch.zeros_like(candidates)
+        grad_candidates = grad_item if candidates is items or not with_grad else torch.zeros_like(candidates[:num_with_grad])
         buffer = torch.empty(min(chunk, piece.end - piece.begin), len(candidates), dtype=dtype, device=device)
         loss = torch.zeros((), dtype=dtype, device=device)
         for start in range(piece.begin, piece.end, chunk):
@@ -245,31 +252,39 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
             exp = logits.sub_(top[:, None]).exp_()
             total = exp.sum(1) + own_exp
             loss += torch.dot(total.log() + (top - own), weight)
-            own_share = None if spread is None else spread.of(scaled, own, None if own_place is None else own_place[part] < 0)
+            own_is_extra = None if own_place is None else own_place[part] < 0
+            own_share = None if spread is None else spread.of(scaled, own, own_is_extra)
             if spread is not None:
                 loss += torch.dot(own_share.added, weight)
             if not with_grad:
                 continue
             # d loss / d logits = weight (exp / total - onehot); the factors of a row are applied on the D-wide side.
-            factor = (weight / total)[:, None]
-            own_factor = (own_exp * factor[:, 0] - weight)[:, None]
-            if spread is not None:
-                own_factor += (own_share.of_target * weight)[:, None]
+            factor, own_factor = _factors(weight, total, own_exp, own_share)
             grad = mm(exp, candidates).mul_(factor).add_(targets.mul_(own_factor))  # (n, D)
+            if spread is not None:
+                grad.add_((own_share.of_each * weight)[:, None] * spread.sum)
+            torch.div(grad, temperature, out=grad_query[part])
+            if more is not None:  # the items' gradients know nothing of them: see MoreCandidates
+                exp = exp[:, :num_with_grad]
+                own_share = None if spread is None else item_spread.of(scaled, own, own_is_extra)
+                factor, own_factor = _factors(weight, exp.sum(1) + own_exp, own_exp, own_share)
             mm(exp.T, scaled * factor, out=grad_candidates, add=True)
             if spread is not None:
-                each = (own_share.of_each * weight)[:, None]
-                grad.add_(each * spread.sum)
-                grad_candidates.add_((each * scaled).sum(0))
-            torch.div(grad, temperature, out=grad_query[part])
+                grad_candidates.add_(((own_share.of_each * weight)[:, None] * scaled).sum(0))
             grad_item.index_add_(0, target, scaled.mul_(own_factor))
         if grad_candidates is not grad_item:
-            of_items = grad_candidates[:num_with_grad]
-            grad_item.add_(of_items) if candidate_index is None else grad_item.index_add_(0, candidate_index, of_items)
+            grad_item.add_(grad_candidates) if candidate_index is None else grad_item.index_add_(0, candidate_index, grad_candidates)
         return loss, grad_item
 
     losses, grads = zip(*run([partial(job, piece) for piece in pieces]))
     return sum(losses), grad_query, _total(grads)
+
+
+def _factors(weight: Tensor, total: Tensor, own_exp, own_share: _SpreadRow | None) -> tuple[Tensor, Tensor]:
+    """Of d loss / d logits: a row's factor of exp, and what the target's has besides, (n, 1) each. total: (n,) sums of exp."""
+    factor = (weight / total)[:, None]
+    own_factor = (own_exp * factor[:, 0] - weight)[:, None]
+    return factor, own_factor if own_share is None else own_factor + (own_share.of_target * weight)[:, None]
 
 
 class _SpreadRow(NamedTuple):
