@@ -21,41 +21,26 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import block_kernels
-from layers import Dropout, FeedForward, is_exporting
+from layers import Dropout, FeedForward, hooked, loops_fit
 from parallel import dropout_generator
 
 _KINDS = {"relu": block_kernels.RELU, "gelu": block_kernels.GELU, "swiglu": block_kernels.SWIGLU}
 _EPS = 1e-5  # of the norms
 _SMALLEST_TILE = 64  # tokens
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def takes(block: nn.Module, x: Tensor, sequence) -> bool:
     """Whether `run_block` does what block, a TransformerBlock, does with x (N, W) and a backbones.Sequence."""
     return (
-        not torch.compiler.is_compiling()  # first: the rest cannot be traced
-        and type(x) is Tensor  # no shadow of footprint.py
-        and x.device.type == "cpu"
-        and x.dtype == block.attention.qkv.weight.dtype == torch.float32
-        and len(x) > 0
-        and torch.is_grad_enabled()
-        and torch.get_num_threads() == 1
+        loops_fit(x)
+        and block.attention.qkv.weight.dtype == torch.float32
         and sequence.queries is None
         and block.bias is None
         and type(block.feed_forward) is FeedForward
         and not (block.attention.attention_dropout and block.training)
-        and not torch.is_autocast_enabled("cpu")
-        and not is_exporting()
-        and not _hooked(block)
+        and not hooked(*block.children())
         and block_kernels.compiled() is not None
     )
-
-
-def _hooked(block: nn.Module) -> bool:
-    """Whether anyone waits for what a part of the block gives or is given, as diagnosis.py does."""
-    if torch.nn.modules.module._has_any_global_hook():
-        return True
-    return any(any(getattr(module, name) for name in _HOOKS) for part in block.children() for module in part.modules())
 
 
 def run_block(block: nn.Module, x: Tensor, sequence) -> Tensor:

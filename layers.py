@@ -25,6 +25,30 @@ from parallel import Piece, dropout_generator, row_pieces, run, user_pieces
 # Whether torch.export traces the model. torch 2.7 brought it: with an older one --export of some models fails, in torch; all else works.
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def loops_fit(x: Tensor) -> bool:
+    """Whether compiled loops may do with x (N, D) what torch's operations would: training on CPU in float32, one thread an operation."""
+    return (
+        not torch.compiler.is_compiling()  # first: the rest cannot be traced
+        and type(x) is Tensor  # no shadow of footprint.py
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and len(x) > 0
+        and torch.is_grad_enabled()
+        and torch.get_num_threads() == 1
+        and not torch.is_autocast_enabled("cpu")
+        and not is_exporting()
+    )
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether anyone waits for what one of the modules or of their parts gives or is given, as diagnosis.py does."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    return any(any(getattr(part, name) for name in _HOOKS) for module in modules for part in module.modules())
+
 
 class Packing(NamedTuple):
     """Where packed tokens lie in a padded (B, T) grid: in a right-padded one, but for `Queries`."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fused_tower
 from actions import ActionConditioning, ActionHead, wanted_in_training
 from backbones import BACKBONES
 from blas import linear
@@ -69,9 +70,12 @@ class DenseProjection(nn.Module):
         values = dense.values.float()
         scale = torch.rsqrt(torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_().div_(values.shape[1]).add_(1e-6))
         present = dense.present[:, None].to(values.dtype)
-        # Two more columns choose between the bias and the missing vector (the values are zeros there): one product, and no torch.where.
-        values = torch.cat((values * scale, present, 1 - present), dim=1)
-        return linear(values, torch.cat((self.projection.weight, self.projection.bias[:, None], self.missing[:, None]), dim=1))
+        return linear(torch.cat((values * scale, present, 1 - present), dim=1), self.joint_weight())
+
+    def joint_weight(self) -> Tensor:
+        """(D, K + 2): two more columns choose between the bias and the missing vector (the values are zeros there): one product, and no
+        torch.where."""
+        return torch.cat((self.projection.weight, self.projection.bias[:, None], self.missing[:, None]), dim=1)
 
 
 def heads_of(loss) -> dict[str, object]:
@@ -158,6 +162,9 @@ class Recommender(nn.Module):
         vectors = self.item_projection(self.table.lookup("item", inputs), inputs)  # (M, D)
         if vectors.is_cuda or not torch.is_grad_enabled():
             return ItemVectors(*self._finish_items(vectors, inputs.dense, inputs.no_id))
+        if self.unknown_id is None and fused_tower.takes(self.config, self.dense, vectors):
+            weights = [projection.joint_weight() for projection in self.dense.values()]
+            return ItemVectors(*fused_tower.finish(self.config, vectors, self.item_bias, inputs.dense, weights, self.smallest_norm))
         pieces = row_pieces(len(vectors))
 
         def body(number: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
