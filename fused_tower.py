@@ -36,8 +36,8 @@ def takes(config, dense: nn.ModuleDict, vectors: Tensor) -> bool:
 def finish(config, vectors: Tensor, bias: Tensor | None, dense: Sequence[Dense], weights: Sequence[Tensor], smallest: float):
     """(history, candidate) (M, D) each; candidate is history itself where nothing is normalised. vectors: overwritten.
 
-    bias: (D,). weights: (D, K + 2) of each multimodal vector: of its entries over their root mean square, the bias, and what stands in where
-    there is none. smallest: the least norm that a candidate is divided by.
+    bias: (D,). weights: (D, K + 2) of each multimodal vector: of its entries over their root mean square, the bias, and what stands in
+    where there is none. smallest: the least norm that a candidate is divided by.
     """
     relu, cosine = config.item_activation == "relu", config.similarity == "cosine"
     bias = vectors.new_zeros(vectors.shape[1]) if bias is None else bias
