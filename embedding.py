@@ -8,11 +8,12 @@ Legend: R unique rows of a step, Q those of one part of the table, E width of th
 Measured, 24,677 items of 14 features, 69,594 unique rows of width 32, one core: embedding_bag with a padding_idx 25 ms and as much
 again backward; without padding_idx (then torch takes fbgemm's kernel) 0.8 ms, and the backward pass as another embedding_bag over the
 transposed lists, which the loader's thread makes, 1.1 ms. Rejected for the backward pass: index_add_ (38 ms), a sparse CSR product
-(3.3 ms).
+(3.3 ms). Compiled loops (step_kernels.py) do both, and the products, where numba and OpenBLAS are at hand; else torch's operations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+import inline_blas
+import step_kernels
 from blas import mm
 from features import ITEM_ID, Bags, Field, SideInputs, TableLayout
 from parallel import row_pieces, run
@@ -66,7 +69,7 @@ class JointTable(nn.Module):
             rows = inputs.rows[inputs.segments[first] : inputs.segments[last]]
             if self._begins[part]:
                 rows = rows - self._begins[part]
-            local = _rows_of(self.parts[part], rows)
+            local = _rows_of(self.parts[part], rows, torch.is_grad_enabled())
             if torch.is_grad_enabled():
                 self._touched.append(Touched(part, rows, local.requires_grad_()))
             found.append(local)
@@ -79,12 +82,16 @@ class JointTable(nn.Module):
 
 
 @torch.no_grad()
-def _rows_of(matrix: Tensor, rows: Tensor) -> Tensor:
-    """matrix[rows] (Q, E), by several cores."""
+def _rows_of(matrix: Tensor, rows: Tensor, training: bool) -> Tensor:
+    """matrix[rows] (Q, E), by several cores. training: compiled loops may be waited for."""
     if matrix.is_cuda:
         return matrix.index_select(0, rows)
     out = matrix.new_empty(len(rows), matrix.shape[1])
-    run([partial(torch.index_select, matrix, 0, rows[begin:end], out=out[begin:end]) for begin, end in row_pieces(len(rows))])
+    if fast := step_kernels.compiled() if training else None:
+        arrays = [t.detach().numpy() for t in (matrix, rows, out)]
+        run([partial(fast.take_rows, *arrays, *piece) for piece in row_pieces(len(rows))])
+    else:
+        run([partial(torch.index_select, matrix, 0, rows[begin:end], out=out[begin:end]) for begin, end in row_pieces(len(rows))])
     return out
 
 
@@ -166,34 +173,71 @@ class _ProjectAndSum(torch.autograd.Function):
         width = weights[0].shape[2] if weights else local[0].shape[1]
         projected = local[0].new_empty(inputs.rows.shape[0], width)  # (R, D)
         projected[0] = 0
-        jobs, start = [], 1
-        for run_number, (begin, end, place) in _field_ranges(runs, inputs.segments):
-            out, rows = projected[start : start + end - begin], local[run_number][begin:end]
-            jobs.append(partial(mm, rows, weights[run_number][place], out=out) if weights else partial(out.copy_, rows))
-            start += end - begin
-        run(jobs)
-        ctx.inputs, ctx.runs, ctx.num_parts = inputs, runs, num_parts
+        ranges = [(number, inputs.segments[runs[number][0]], *of_field) for number, of_field in _field_ranges(runs, inputs.segments)]
+        if weights and (fast := _kernels(tensors)):
+            project, out = partial(fast.project, inline_blas.address()), projected.numpy()
+            arrays = [(rows.detach().numpy(), weight.detach().numpy()) for rows, weight in zip(local, weights)]
+            run([partial(project, *arrays[number], place, first, out, begin, end) for number, first, begin, end, place in ranges])
+        else:
+            jobs = []
+            for number, first, begin, end, place in ranges:
+                out, rows = projected[first + begin : first + end], local[number][begin:end]
+                jobs.append(partial(mm, rows, weights[number][place], out=out) if weights else partial(out.copy_, rows))
+            run(jobs)
+        ctx.inputs, ctx.ranges, ctx.num_parts = inputs, ranges, num_parts
         ctx.save_for_backward(*tensors)
         return _sum_bags_in_pieces(projected, bags.index, bags.offsets, bags.weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        inputs, bags = ctx.inputs, ctx.inputs.bags
         local, weights = ctx.saved_tensors[: ctx.num_parts], ctx.saved_tensors[ctx.num_parts :]
-        grad_projected = _sum_bags_in_pieces(grad.contiguous(), bags.things, bags.starts, bags.thing_weights)[1:]  # (R - 1, D)
-        if not weights:
-            return None, None, None, *grad_projected.split([len(rows) for rows in local])
-        grad_local, grad_weights = [torch.empty_like(t) for t in local], [torch.zeros_like(t) for t in weights]
-        jobs, targets, start = [], [], 0
-        for run_number, (begin, end, place) in _field_ranges(ctx.runs, inputs.segments):
-            rows, part = local[run_number][begin:end], grad_projected[start : start + end - begin]
-            jobs.append(partial(_project_back, rows, part, weights[run_number][place], grad_local[run_number][begin:end]))
-            targets.append(grad_weights[run_number][place])
-            start += end - begin
-        for target, grad_weight in zip(targets, run(jobs)):
-            target.add_(grad_weight)
+        back = _back_in_tiles if weights and _kernels(ctx.saved_tensors) else _back_by_torch
+        grad_local, grad_weights = back(ctx.inputs.bags, ctx.ranges, local, weights, grad.contiguous())
         return None, None, None, *grad_local, *grad_weights
+
+
+def _kernels(tensors: tuple[Tensor, ...]) -> step_kernels.StepKernels | None:
+    """The compiled loops, where they can project these: float32, and there is an OpenBLAS for their products."""
+    return step_kernels.compiled() if all(t.dtype == torch.float32 for t in tensors) and inline_blas.address() else None
+
+
+def _back_in_tiles(bags: Bags, ranges: list[tuple], local: Sequence[Tensor], weights: Sequence[Tensor], grad: Tensor):
+    """Gradients of the rows, (Q, E) a part, and of the weights, by compiled loops; of `forward`'s ranges, and grad (M, D)."""
+    shares = grad.new_empty(0) if bags.thing_weights is None else bags.thing_weights
+    project = partial(
+        step_kernels.compiled().project_back, inline_blas.address(), *(t.numpy() for t in (grad, bags.things, bags.starts, shares))
+    )
+    grad_local, grad_weights = [torch.empty_like(t) for t in local], [torch.zeros_like(t) for t in weights]
+    arrays = [
+        (t.detach().numpy(), w.detach().transpose(1, 2).contiguous().numpy(), g.numpy()) for t, w, g in zip(local, weights, grad_local)
+    ]
+    jobs, sums = [], []
+    for number, first, begin, end, place in ranges:
+        rows, turned, grad_rows = arrays[number]
+        of_range = torch.empty_like(grad_weights[number][place])  # a sum of its own: which range comes first must not matter
+        jobs.append(partial(project, rows, turned, place, first, grad_rows, of_range.numpy(), begin, end))
+        sums.append((grad_weights[number][place], of_range))
+    run(jobs)
+    for target, of_range in sums:
+        target.add_(of_range)
+    return grad_local, grad_weights
+
+
+def _back_by_torch(bags: Bags, ranges: list[tuple], local: Sequence[Tensor], weights: Sequence[Tensor], grad: Tensor):
+    """The same by torch's operations; without weights the vectors were summed as they are."""
+    grad_projected = _sum_bags_in_pieces(grad, bags.things, bags.starts, bags.thing_weights)  # (R, D)
+    if not weights:
+        return grad_projected[1:].split([len(rows) for rows in local]), ()
+    grad_local, grad_weights = [torch.empty_like(t) for t in local], [torch.zeros_like(t) for t in weights]
+    jobs, targets = [], []
+    for number, first, begin, end, place in ranges:
+        rows, of_rows = local[number][begin:end], grad_projected[first + begin : first + end]
+        jobs.append(partial(_project_back, rows, of_rows, weights[number][place], grad_local[number][begin:end]))
+        targets.append(grad_weights[number][place])
+    for target, grad_weight in zip(targets, run(jobs)):
+        target.add_(grad_weight)
+    return grad_local, grad_weights
 
 
 def _project_back(rows: Tensor, grad: Tensor, weight: Tensor, grad_rows: Tensor) -> Tensor:
@@ -204,10 +248,16 @@ def _project_back(rows: Tensor, grad: Tensor, weight: Tensor, grad_rows: Tensor)
 
 def _sum_bags_in_pieces(vectors: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
     """`_sum_bags` by several cores."""
-    pieces = row_pieces(len(offsets) - 1)
+    num = len(offsets) - 1
+    pieces = row_pieces(num)
+    if fast := step_kernels.compiled() if vectors.dtype == torch.float32 else None:
+        out, shares = vectors.new_empty(num, vectors.shape[1]), vectors.new_empty(0) if weights is None else weights
+        arrays = [t.numpy() for t in (vectors, index, offsets, shares, out)]
+        run([partial(fast.sum_bags, *arrays, *piece) for piece in pieces])
+        return out
     if len(pieces) == 1:
         return _sum_bags(vectors, index, offsets, weights)
-    out = vectors.new_empty(len(offsets) - 1, vectors.shape[1])
+    out = vectors.new_empty(num, vectors.shape[1])
 
     def job(begin: int, end: int, first: int, last: int) -> None:
         of_piece = None if weights is None else weights[first:last]

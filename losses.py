@@ -410,13 +410,17 @@ def _fast_bce(fast, query, items, pos_index, neg_index, with_grad):
     """`_bce_forward` by compiled loops over numpy arrays: pieces of tokens first, then pieces of the items' gradients."""
     num_tokens, num_negatives = neg_index.shape
     grad_query, grad_items = (torch.empty(array.shape if with_grad else (0, 0)) for array in (query, items))
-    factors = np.empty((num_tokens, 1 + num_negatives) if with_grad else (0, 0), np.float32)
+    columns = 1 + num_negatives
+    factors = np.empty(num_tokens * columns if with_grad else 0, np.float32)  # gradients of the logits
+    starts, entries = np.zeros(len(items) + 2, np.int64), np.empty(len(factors), np.int32)
     shares = 1 / max(1, num_tokens), 1 / max(1, num_tokens * num_negatives)
     arrays, outs = (query, items, pos_index, neg_index), (grad_query.numpy(), factors)
-    losses = run([partial(fast.bce, *arrays, *piece, *shares, with_grad, *outs) for piece in row_pieces(num_tokens)])
+    jobs = [partial(fast.bce, *arrays, *piece, *shares, with_grad, *outs) for piece in row_pieces(num_tokens)]
+    sort = [partial(fast.logits_by_item, pos_index, neg_index, starts, entries)] if with_grad else []  # beside the others
+    losses = run(sort + jobs)[len(sort) :]
     loss = torch.tensor(sum(losses), dtype=torch.float32)
     if not with_grad:
         return loss, None, None
-    arrays = query, pos_index, neg_index, factors
+    arrays = query, columns, factors, starts, entries
     run([partial(fast.bce_items, *arrays, *piece, grad_items.numpy()) for piece in row_pieces(len(items))])
     return loss, grad_query, grad_items

@@ -61,9 +61,7 @@ class TableOptimizer:
 
         fast = None if weight.is_cuda or self.kind == "adam" else step_kernels.compiled()
         if fast:
-            arrays = (
-                t.detach().contiguous().numpy() for t in (weight, self.second[touched.part], touched.rows, touched.leaf.grad, touched.leaf)
-            )
+            arrays = (t.detach().contiguous().numpy() for t in (weight, self.second[touched.part], touched.rows, touched.leaf.grad))
             numbers = (np.float32(n) for n in (lr, scale, self.betas[1], self.eps, self.l2_emb, 1.0 - lr * self.weight_decay))
             step = partial(fast.rowwise, *arrays)
             options = (*numbers, self.kind == "rowwise_adagrad")

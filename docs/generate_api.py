@@ -17,11 +17,11 @@ TARGET = ROOT / "docs" / "API.md"
 WIDTH = 110  # a longer signature gets a line a parameter
 # The direction of imports: a module uses those before it (tests/test_structure.py holds it). A new module gets its place here.
 CHAIN = (
-    "errors atomic schema setting_keys config settings plain_pickle kernels step_kernels parallel columns store_files store_check "
-    "sources sources_loops sources_jsonl sources_parquet sources_workers indexer item_table candidates multimodal store_build store "
-    "dataset features blas inline_blas embedding layers block_kernels fused_block attention_bias experts hstu_kernels backbones "
-    "time_features actions losses negatives "
-    "training_loss metrics muon optim averaging updates tower_kernels fused_tower model retrieval transitions baselines evaluate shapes checkpoint_meta "
+    "errors atomic schema setting_keys config settings plain_pickle kernels blas inline_blas step_kernels parallel columns store_files "
+    "store_check sources sources_loops sources_jsonl sources_parquet sources_workers indexer item_table candidates multimodal store_build "
+    "store dataset features embedding layers block_kernels fused_block attention_bias experts hstu_kernels backbones time_features "
+    "actions losses negatives training_loss metrics muon optim averaging updates tower_kernels fused_tower model retrieval transitions "
+    "baselines evaluate shapes checkpoint_meta "
     "checkpoint ensemble serve export ranks slices report_samples report_data logger runs report_html charts report_shape "
     "report_read report_compare report_users report_sections run_list report pictures board compatibility diagnosis trainer "
     "final_test sizes footprint machine estimate doctor_findings doctor_machine doctor_data doctor dry_run reference "

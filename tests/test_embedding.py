@@ -7,10 +7,14 @@ import pytest
 import torch
 from tiny import tiny_store
 
+import embedding
+import inline_blas
+import kernels
 from config import Config, with_values
 from embedding import JointTable, RowProjection, _ProjectAndSum
-from features import FeatureColumns, TableLayout
+from features import Bags, FeatureColumns, Field, SideInputs, TableLayout
 from optim import TableOptimizer
+from parallel import cores
 
 WIDTH = 12
 SETTINGS = [
@@ -73,6 +77,75 @@ def test_which_of_the_two_runs(monkeypatch):
     local = table.lookup("item", inputs)
     assert projection(local, without_transposed(inputs)) == "torch's own"
     assert type(projection(local, inputs).grad_fn).__name__ == "_ProjectAndSumBackward"
+
+
+def many_rows(widths, project, weighted):
+    """As `make`, with random bags of 9,000 rows: several tiles and blocks a field, one field without rows, things without rows."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = (5000, 1, 0, 3999)
+    fields = [
+        Field(f"f{i}", "item", "single", sum(sizes[:i]), max(1, size), width, size) for i, (size, width) in enumerate(zip(sizes, widths))
+    ]
+    layout, num, out_width = TableLayout(tuple(fields)), 700, widths[0] if not project else 40
+    rows = torch.tensor([0, *range(1, 5001), 5001, *range(5002, 9001)])  # the field without rows has one in the table, which nothing uses
+    uses = torch.randint(0, len(rows), (6000,), generator=generator).int()
+    things = torch.randint(0, num, (6000,), generator=generator).int().sort().values
+    shares = torch.rand(6000, generator=generator) if weighted else None
+    order = uses.long().sort(stable=True).indices
+    order = order[uses[order] > 0]
+    starts = torch.searchsorted(uses[order], torch.arange(len(rows) + 1).int()).int()
+    offsets = torch.searchsorted(things, torch.arange(num + 1).int()).int()
+    bags = Bags(uses, offsets, shares, things[order], starts, shares[order] if weighted else None)
+    torch.manual_seed(3)
+    inputs = SideInputs(rows, (1, 5001, 5002, 5002, 9001), bags, ())
+    return JointTable(layout, 1.0), RowProjection(layout, "item", out_width, project), inputs
+
+
+def assert_near(found, expected):
+    """Within 1e-5 of each tensor's norm: a weight's gradient sums thousands of rows, in another order."""
+    tensors = lambda result: (result[0], *result[1], *result[2])
+    for a, b in zip(tensors(found), tensors(expected), strict=True):
+        assert a.shape == b.shape and (a - b).norm() <= 1e-5 * b.norm() and (a == 0).sum() == (b == 0).sum()
+
+
+TILED = pytest.mark.skipif(not inline_blas.address(), reason="numba is not installed, or numpy brings no OpenBLAS")
+
+
+@TILED
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("widths", [(32, 32, 32, 32), (64, 64, 7, 7), (5, 5, 5, 5), "no projection"], ids=str)
+def test_tiles_give_what_torch_gives(monkeypatch, widths, weighted):
+    monkeypatch.setattr(embedding, "BLOCK_ROWS", 1300)
+    table, projection, inputs = many_rows((12,) * 4 if widths == "no projection" else widths, widths != "no projection", weighted)
+    by_tiles = forward_and_backward(table, projection, "item", inputs)
+    assert_near(by_tiles, forward_and_backward(table, projection, "item", without_transposed(inputs)))
+    monkeypatch.setattr(inline_blas, "address", lambda: 0)
+    assert_near(by_tiles, forward_and_backward(table, projection, "item", inputs))
+    monkeypatch.setattr(kernels, "ENABLED", False)
+    assert_near(by_tiles, forward_and_backward(table, projection, "item", inputs))
+
+
+@TILED
+def test_which_products_run(monkeypatch):
+    table, projection, inputs = many_rows((32,) * 4, True, False)
+    calls = []
+    monkeypatch.setattr(embedding, "mm", lambda a, b, out=None: calls.append(len(a)) or torch.mm(a, b, out=out))
+    forward_and_backward(table, projection, "item", inputs)
+    assert not calls
+    monkeypatch.setattr(inline_blas, "address", lambda: 0)
+    forward_and_backward(table, projection, "item", inputs)
+    assert calls == [5000, 1, 3999, 5000, 32, 1, 32, 3999, 32]  # two a field in the backward pass
+
+
+@TILED
+def test_tiles_do_not_depend_on_the_number_of_threads():
+    table, projection, inputs = many_rows((32,) * 4, True, True)
+    results = []
+    for num_threads in (1, 3):
+        with cores(num_threads):
+            results.append(forward_and_backward(table, projection, "item", inputs))
+    (out, rows, weights), (out3, rows3, weights3) = results
+    assert all(torch.equal(a, b) for a, b in zip((out, *rows, *weights), (out3, *rows3, *weights3), strict=True))
 
 
 def fields_of(layout, side, runs):

@@ -28,7 +28,7 @@ def both(monkeypatch: pytest.MonkeyPatch, function) -> tuple:
     return fast, function()
 
 
-@pytest.mark.parametrize("num_negatives", [1, 3])
+@pytest.mark.parametrize("num_negatives", [1, 3, 300])  # the last: more than a tile's logits a token
 def test_bce(monkeypatch: pytest.MonkeyPatch, num_negatives: int) -> None:
     def losses():
         torch.manual_seed(0)
@@ -49,6 +49,52 @@ def test_bce_by_hand() -> None:
     positive, negative = 1 / (1 + math.exp(-2)) - 1, 1 / (1 + math.exp(3))  # sigmoid(2) - 1 and sigmoid(-3)
     assert query.grad.item() == pytest.approx(positive - 1.5 * negative)
     assert items.grad.flatten().tolist() == pytest.approx([2 * positive, 2 * negative])
+
+
+@pytest.mark.parametrize("logit", [0.0, 1e-30, 0.3, 20.0, 86.9, 87.1, 90.0, 1e30, math.inf])
+def test_bce_of_any_logit(logit: float) -> None:
+    """The positive's and the negative's logits are +-logit: both losses and gradients against torch's softplus and sigmoid."""
+    for sign in (1.0, -1.0):
+        query, items = torch.tensor([[sign]], requires_grad=True), torch.tensor([[logit], [-logit]])
+        loss = bce_loss(query, items, torch.tensor([0]), torch.tensor([[1]]))
+        wrong = torch.tensor(-sign * logit)
+        torch.testing.assert_close(loss, 2 * torch.nn.functional.softplus(wrong), atol=1e-30, rtol=1e-6)
+        if math.isfinite(logit):
+            loss.backward()
+            torch.testing.assert_close(query.grad[0, 0], -2 * logit * wrong.sigmoid(), atol=1e-7, rtol=3e-6)
+
+
+def test_bce_keeps_what_is_not_a_number() -> None:
+    """The search for a step's fault relies on it."""
+    for bad in range(2):
+        query, items = torch.ones(3, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+        with torch.no_grad():
+            items[bad, 0] = math.nan
+        loss = bce_loss(query, items, torch.tensor([0, 0, 0]), torch.tensor([[1], [1], [1]]))
+        loss.backward()
+        assert loss.isnan() and query.grad.isnan().any() and items.grad[bad].isnan().all() and not items.grad[1 - bad].isnan().any()
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 32, 45, 128])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_of_rows(width: int, weighted: bool) -> None:
+    torch.manual_seed(0)
+    vectors, index = torch.randn(500, width), torch.randint(500, (4000,)).int()
+    starts = torch.cat((torch.zeros(1), torch.randint(4001, (600,)).sort().values, torch.tensor([4000]))).int()
+    weights = torch.rand(4000) if weighted else None
+    out = torch.full((601, width), math.nan)
+    arrays = (t.numpy() for t in (vectors, index, starts, torch.empty(0) if weights is None else weights, out))
+    step_kernels.compiled().sum_bags(*arrays, 1, 601)
+    expected = torch.nn.functional.embedding_bag(index, vectors, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    assert out[0].isnan().all()
+    torch.testing.assert_close(out[1:], expected[1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num", [0, 1, 100])
+def test_rows_of_a_table(num: int) -> None:
+    table, rows, out = torch.randn(300, 9), torch.randperm(300)[:num].sort().values, torch.zeros(num, 9)
+    step_kernels.compiled().take_rows(*(t.numpy() for t in (table, rows, out)), 0, num)
+    assert torch.equal(out, table[rows])
 
 
 @pytest.mark.parametrize("kind", ["rowwise_adam", "rowwise_adagrad"])
