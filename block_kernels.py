@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-import inline_blas
 import kernels
-from inline_blas import PLAIN, TURNED
+import machine_code
 from kernels import mix
+from machine_code import product
 
 RELU, GELU, SWIGLU = 0, 1, 2
 TILE_ENTRIES = 1 << 14  # of n x W: 64 KiB, of which a tile has several
 ROWS = 32  # queries whose scores are made at once
 
-gemm = None  # inline_blas.gemm, when the loops are compiled
+address = None  # machine_code.address, when the loops are compiled
 
 
 class BlockKernels(NamedTuple):
@@ -36,8 +36,8 @@ class BlockKernels(NamedTuple):
 
 
 def compiled() -> BlockKernels | None:
-    """The kernels, compiled or read from disk at the first call; None without numba or OpenBLAS."""
-    return _load() if inline_blas.address() else None
+    """The kernels, compiled or read from disk at the first call; None without numba."""
+    return _load() if machine_code.available() else None
 
 
 # ---- parts of the loops, each over a tile's rows ------------------------------------------------------------------------------
@@ -211,6 +211,15 @@ def _turn(source, row, length, width, out):
             out[d * length + i] = source[i * row + d]
 
 
+def _turned(weight):
+    """The transpose of (O, I), (I, O)."""
+    out = np.empty((weight.shape[1], weight.shape[0]), np.float32)
+    for i in range(weight.shape[0]):
+        for d in range(weight.shape[1]):
+            out[d, i] = weight[i, d]
+    return out
+
+
 def _rotate(row, heads, cos, sin, back):
     """layers.rotate of each head of a row (W,), in place; back: by the opposite angle."""
     half = len(cos)
@@ -226,14 +235,14 @@ def _rotate(row, heads, cos, sin, back):
 # ---- loops ---------------------------------------------------------------------------------------------------------------------
 
 
-def _to_attention(address, tile, x, norm_first, rms, eps, gain, shift, weight, bias, heads, cos, sin, positions, normed, scale, qkv):
+def _to_attention(tile, x, norm_first, rms, eps, gain, shift, weight, bias, heads, cos, sin, positions, normed, scale, qkv):
     """From x (N, W) to queries, keys and values side by side, qkv (N, 3 W).
 
     weight: (3 W, W), bias (3 W,). gain, shift: (W,) of the norm before, whose normed (N, W) and scale (N,) are set with norm_first.
     cos, sin: (T, W / heads / 2), T = 0 without rotary positions. positions: (N,).
     """
     num, width = x.shape
-    hidden = np.empty((tile if norm_first else 0, width), np.float32)
+    hidden, turned = np.empty((tile if norm_first else 0, width), np.float32), _turned(weight)
     for begin in range(0, num, tile):
         n = min(tile, num - begin)
         source, out = x[begin:], qkv[begin:]
@@ -241,7 +250,7 @@ def _to_attention(address, tile, x, norm_first, rms, eps, gain, shift, weight, b
             _normalise(source, n, rms, eps, normed[begin:], scale[begin:])
             _affine(normed[begin:], n, gain, shift, hidden)
             source = hidden
-        gemm(address, PLAIN, TURNED, n, 3 * width, width, source, width, weight, width, np.float32(0.0), out, 3 * width)
+        product(address(source), width, 1, address(turned), 3 * width, n, 3 * width, width, False, address(out), 3 * width)
         _add_row(out, n, bias)
         for i in range(n if len(cos) else 0):
             at = positions[begin + i]
@@ -249,7 +258,7 @@ def _to_attention(address, tile, x, norm_first, rms, eps, gain, shift, weight, b
 
 
 def _to_attention_back(
-    address, tile, grad_qkv, x, norm_first, rms, gain, shift, weight, heads, cos, sin, positions, normed, scale,
+    tile, grad_qkv, x, norm_first, rms, gain, shift, weight, heads, cos, sin, positions, normed, scale,
     grad_x, grad_weight, grad_bias, grad_gain, grad_shift,
 ):  # fmt: skip
     """From the gradient of qkv, overwritten with rotary positions: that of x is added to grad_x (N, W), the others are set."""
@@ -267,16 +276,15 @@ def _to_attention_back(
         if norm_first:
             _affine(normed[begin:], n, gain, shift, hidden)
             source = hidden
-        more = np.float32(1.0 if begin else 0.0)
-        gemm(address, TURNED, PLAIN, 3 * width, width, n, grad, 3 * width, source, width, more, grad_weight, width)
+        product(address(grad), 1, 3 * width, address(source), width, 3 * width, width, n, begin > 0, address(grad_weight), width)
         if norm_first:
-            gemm(address, PLAIN, PLAIN, n, width, 3 * width, grad, 3 * width, weight, width, np.float32(0.0), back, width)
+            product(address(grad), 3 * width, 1, address(weight), width, n, width, 3 * width, False, address(back), width)
             _normalise_back(back, n, rms, normed[begin:], scale[begin:], gain, grad_gain, grad_shift, to, True)
         else:
-            gemm(address, PLAIN, PLAIN, n, width, 3 * width, grad, 3 * width, weight, width, np.float32(1.0), to, width)
+            product(address(grad), 3 * width, 1, address(weight), width, n, width, 3 * width, True, address(to), width)
 
 
-def _attention(address, qkv, starts, heads, mixed, log_sum):
+def _attention(qkv, starts, heads, mixed, log_sum):
     """Causal softmax attention of each user's tokens starts[u] to starts[u + 1]: mixed (N, W), log_sum (N, H) of the scores' exponentials.
 
     Scores of ROWS queries at a time, and of the keys up to the last of these only: half of the products of a square.
@@ -295,7 +303,7 @@ def _attention(address, qkv, starts, heads, mixed, log_sum):
             for begin in range(0, length, ROWS):
                 n, end = min(ROWS, length - begin), min(begin + ROWS, length)
                 rows, to = flat[at + begin * 3 * width :], out[(first + begin) * width + head * head_width :]
-                gemm(address, PLAIN, PLAIN, n, end, head_width, rows, 3 * width, turned, length, zero, scores, end)
+                product(address(rows), 3 * width, 1, address(turned), length, n, end, head_width, False, address(scores), end)
                 for i in range(n):
                     row, seen = scores[i * end : (i + 1) * end], begin + i + 1
                     top, total = row[0], zero
@@ -307,13 +315,13 @@ def _attention(address, qkv, starts, heads, mixed, log_sum):
                         total += row[j]
                     totals[i] = total
                     log_sum[first + begin + i, head] = top * factor + np.log(total)
-                gemm(address, PLAIN, PLAIN, n, head_width, end, scores, end, flat[at + 2 * width :], 3 * width, zero, to, width)
+                product(address(scores), end, 1, address(flat[at + 2 * width :]), 3 * width, n, head_width, end, False, address(to), width)
                 for i in range(n):
                     for d in range(head_width):
                         to[i * width + d] /= totals[i]
 
 
-def _attention_back(address, grad, qkv, starts, heads, mixed, log_sum, grad_qkv):
+def _attention_back(grad, qkv, starts, heads, mixed, log_sum, grad_qkv):
     """From the gradient of mixed (N, W) to that of qkv. The weights are made again from log_sum."""
     width, longest = mixed.shape[1], 0
     for user in range(len(starts) - 1):
@@ -328,12 +336,12 @@ def _attention_back(address, grad, qkv, starts, heads, mixed, log_sum, grad_qkv)
             at, column = first * 3 * width + head * head_width, head * head_width
             _turn(flat[at + width :], 3 * width, length, head_width, turned)
             _turn(flat[at + 2 * width :], 3 * width, length, head_width, turned_value)
-            more = zero  # the last rows come first: they set the gradients of all keys and values, the others add to these
+            more = False  # the last rows come first: they set the gradients of all keys and values, the others add to these
             for begin in range((length - 1) // ROWS * ROWS, -1, -ROWS):
                 n, end = min(ROWS, length - begin), min(begin + ROWS, length)
                 rows, of_rows = flat[at + begin * 3 * width :], flat_grad[(first + begin) * width + column :]
-                gemm(address, PLAIN, PLAIN, n, end, head_width, rows, 3 * width, turned, length, zero, scores, end)
-                gemm(address, PLAIN, PLAIN, n, end, head_width, of_rows, width, turned_value, length, zero, of_scores, end)
+                product(address(rows), 3 * width, 1, address(turned), length, n, end, head_width, False, address(scores), end)
+                product(address(of_rows), width, 1, address(turned_value), length, n, end, head_width, False, address(of_scores), end)
                 for i in range(n):
                     token, seen = first + begin + i, begin + i + 1
                     row, of_row = scores[i * end : (i + 1) * end], of_scores[i * end : (i + 1) * end]
@@ -346,16 +354,26 @@ def _attention_back(address, grad, qkv, starts, heads, mixed, log_sum, grad_qkv)
                         row[j] = _exp_of_minus(max(normal - row[j] * factor, zero))
                         of_row[j] = row[j] * (of_row[j] - along) * factor
                 key, value, wide = to[at + width :], to[at + 2 * width :], 3 * width
-                gemm(
-                    address, PLAIN, PLAIN, n, head_width, end, of_scores, end, flat[at + width :], wide, zero, to[at + begin * wide :], wide
+                product(
+                    address(of_scores),
+                    end,
+                    1,
+                    address(flat[at + width :]),
+                    wide,
+                    n,
+                    head_width,
+                    end,
+                    False,
+                    address(to[at + begin * wide :]),
+                    wide,
                 )
-                gemm(address, TURNED, PLAIN, end, head_width, n, of_scores, end, rows, wide, more, key, wide)
-                gemm(address, TURNED, PLAIN, end, head_width, n, scores, end, of_rows, width, more, value, wide)
-                more = one
+                product(address(of_scores), 1, end, address(rows), wide, end, head_width, n, more, address(key), wide)
+                product(address(scores), 1, end, address(of_rows), width, end, head_width, n, more, address(value), wide)
+                more = True
 
 
 def _from_attention(
-    address, tile, x, mixed, norm_first, rms, eps, kind, states, cut, keep, cut_inner, keep_inner,
+    tile, x, mixed, norm_first, rms, eps, kind, states, cut, keep, cut_inner, keep_inner,
     out_weight, out_bias, gain1, shift1, inner_weight, inner_bias, last_weight, last_bias, gain2, shift2,
     normed1, scale1, normed2, scale2, hidden, result,
 ):  # fmt: skip
@@ -369,10 +387,11 @@ def _from_attention(
     inner = last_weight.shape[1]
     fused = inner_weight.shape[0]
     rows, stream = np.empty((tile, width), np.float32), np.empty((tile, width), np.float32)
-    source, active, zero = np.empty((tile, width), np.float32), np.empty((tile, inner), np.float32), np.float32(0.0)
+    source, active = np.empty((tile, width), np.float32), np.empty((tile, inner), np.float32)
+    out_turned, inner_turned, last_turned = _turned(out_weight), _turned(inner_weight), _turned(last_weight)
     for begin in range(0, num, tile):
         n = min(tile, num - begin)
-        gemm(address, PLAIN, TURNED, n, width, width, mixed[begin:], width, out_weight, width, zero, stream, width)
+        product(address(mixed[begin:]), width, 1, address(out_turned), width, n, width, width, False, address(stream), width)
         _add_row(stream, n, out_bias)
         _drop(stream, n, begin, states[0], cut, keep)
         _add(stream, x[begin:], n, stream)
@@ -382,10 +401,10 @@ def _from_attention(
         else:
             _normalise(stream, n, rms, eps, normed1[begin:], scale1[begin:])
             _affine(normed1[begin:], n, gain1, shift1, source)
-        gemm(address, PLAIN, TURNED, n, fused, width, source, width, inner_weight, width, zero, hidden[begin:], fused)
+        product(address(source), width, 1, address(inner_turned), fused, n, fused, width, False, address(hidden[begin:]), fused)
         _activate(hidden[begin:], n, inner_bias, kind, active)
         _drop(active, n, begin, states[1], cut_inner, keep_inner)
-        gemm(address, PLAIN, TURNED, n, width, inner, active, inner, last_weight, inner, zero, rows, width)
+        product(address(active), inner, 1, address(last_turned), width, n, width, inner, False, address(rows), width)
         _add_row(rows, n, last_bias)
         _drop(rows, n, begin, states[2], cut, keep)
         _add(stream if norm_first else source, rows, n, result[begin:])
@@ -395,7 +414,7 @@ def _from_attention(
 
 
 def _from_attention_back(
-    address, tile, grad, mixed, norm_first, rms, kind, states, cut, keep, cut_inner, keep_inner,
+    tile, grad, mixed, norm_first, rms, kind, states, cut, keep, cut_inner, keep_inner,
     out_weight, gain1, shift1, inner_weight, inner_bias, last_weight, gain2, shift2, normed1, scale1, normed2, scale2, hidden,
     grad_x, grad_mixed, grad_out_weight, grad_out_bias, grad_gain1, grad_shift1,
     grad_inner_weight, grad_inner_bias, grad_last_weight, grad_last_bias, grad_gain2, grad_shift2,
@@ -406,12 +425,11 @@ def _from_attention_back(
     fused = inner_weight.shape[0]
     rows, stream, source = (np.empty((tile, width), np.float32), np.empty((tile, width), np.float32), np.empty((tile, width), np.float32))
     active, grad_active = np.empty((tile, inner), np.float32), np.empty((tile, inner), np.float32)
-    grad_hidden, zero, one = np.empty((tile, fused), np.float32), np.float32(0.0), np.float32(1.0)
+    grad_hidden, zero = np.empty((tile, fused), np.float32), np.float32(0.0)
     for sums in (grad_out_bias, grad_gain1, grad_shift1, grad_inner_bias, grad_last_bias, grad_gain2, grad_shift2):
         sums[:] = zero
     for begin in range(0, num, tile):
         n = min(tile, num - begin)
-        more = one if begin else zero
         if norm_first:
             stream[:n] = grad[begin : begin + n]
             _affine(normed2[begin:], n, gain2, shift2, source)
@@ -423,50 +441,49 @@ def _from_attention_back(
         _add_columns(rows, n, grad_last_bias)
         _activate(hidden[begin:], n, inner_bias, kind, active)
         _drop(active, n, begin, states[1], cut_inner, keep_inner)
-        gemm(address, TURNED, PLAIN, width, inner, n, rows, width, active, inner, more, grad_last_weight, inner)
-        gemm(address, PLAIN, PLAIN, n, inner, width, rows, width, last_weight, inner, zero, grad_active, inner)
+        product(address(rows), 1, width, address(active), inner, width, inner, n, begin > 0, address(grad_last_weight), inner)
+        product(address(rows), width, 1, address(last_weight), inner, n, inner, width, False, address(grad_active), inner)
         _drop(grad_active, n, begin, states[1], cut_inner, keep_inner)
         _activate_back(hidden[begin:], n, inner_bias, kind, grad_active, grad_hidden)
         _add_columns(grad_hidden, n, grad_inner_bias)
-        gemm(address, TURNED, PLAIN, fused, width, n, grad_hidden, fused, source, width, more, grad_inner_weight, width)
+        product(address(grad_hidden), 1, fused, address(source), width, fused, width, n, begin > 0, address(grad_inner_weight), width)
         if norm_first:
-            gemm(address, PLAIN, PLAIN, n, width, fused, grad_hidden, fused, inner_weight, width, zero, rows, width)
+            product(address(grad_hidden), fused, 1, address(inner_weight), width, n, width, fused, False, address(rows), width)
             _normalise_back(rows, n, rms, normed2[begin:], scale2[begin:], gain2, grad_gain2, grad_shift2, stream, True)
         else:
-            gemm(address, PLAIN, PLAIN, n, width, fused, grad_hidden, fused, inner_weight, width, one, stream, width)
+            product(address(grad_hidden), fused, 1, address(inner_weight), width, n, width, fused, True, address(stream), width)
             _normalise_back(stream, n, rms, normed1[begin:], scale1[begin:], gain1, grad_gain1, grad_shift1, stream, False)
         grad_x[begin : begin + n] = stream[:n]
         _drop(stream, n, begin, states[0], cut, keep)
         _add_columns(stream, n, grad_out_bias)
-        gemm(address, TURNED, PLAIN, width, width, n, stream, width, mixed[begin:], width, more, grad_out_weight, width)
-        gemm(address, PLAIN, PLAIN, n, width, width, stream, width, out_weight, width, zero, grad_mixed[begin:], width)
+        product(address(stream), 1, width, address(mixed[begin:]), width, width, width, n, begin > 0, address(grad_out_weight), width)
+        product(address(stream), width, 1, address(out_weight), width, n, width, width, False, address(grad_mixed[begin:]), width)
 
 
 _NORM = "f4[:] f4[:]"
 _SIGNATURES = {
-    _to_attention: f"i8 i8 f4[:,:] b b f4 {_NORM} f4[:,:] f4[:] i8 f4[:,:] f4[:,:] i8[:] F4[:,:] F4[:] F4[:,:]",
-    _attention: "i8 f4[:,:] i8[:] i8 F4[:,:] F4[:,:]",
-    _from_attention: f"i8 i8 f4[:,:] f4[:,:] b b f4 i8 u8[:] u8 f4 u8 f4 f4[:,:] f4[:] {_NORM} f4[:,:] f4[:] f4[:,:] f4[:] {_NORM} "
+    _to_attention: f"i8 f4[:,:] b b f4 {_NORM} f4[:,:] f4[:] i8 f4[:,:] f4[:,:] i8[:] F4[:,:] F4[:] F4[:,:]",
+    _attention: "f4[:,:] i8[:] i8 F4[:,:] F4[:,:]",
+    _from_attention: f"i8 f4[:,:] f4[:,:] b b f4 i8 u8[:] u8 f4 u8 f4 f4[:,:] f4[:] {_NORM} f4[:,:] f4[:] f4[:,:] f4[:] {_NORM} "
     "F4[:,:] F4[:] F4[:,:] F4[:] F4[:,:] F4[:,:]",
-    _from_attention_back: f"i8 i8 f4[:,:] f4[:,:] b b i8 u8[:] u8 f4 u8 f4 f4[:,:] {_NORM} f4[:,:] f4[:] f4[:,:] {_NORM} "
+    _from_attention_back: f"i8 f4[:,:] f4[:,:] b b i8 u8[:] u8 f4 u8 f4 f4[:,:] {_NORM} f4[:,:] f4[:] f4[:,:] {_NORM} "
     "f4[:,:] f4[:] f4[:,:] f4[:] f4[:,:] F4[:,:] F4[:,:] F4[:,:] F4[:] F4[:] F4[:] F4[:,:] F4[:] F4[:,:] F4[:] F4[:] F4[:]",
-    _attention_back: "i8 f4[:,:] f4[:,:] i8[:] i8 f4[:,:] f4[:,:] F4[:,:]",
-    _to_attention_back: f"i8 i8 F4[:,:] f4[:,:] b b {_NORM} f4[:,:] i8 f4[:,:] f4[:,:] i8[:] f4[:,:] f4[:] "
-    "F4[:,:] F4[:,:] F4[:] F4[:] F4[:]",
+    _attention_back: "f4[:,:] f4[:,:] i8[:] i8 f4[:,:] f4[:,:] F4[:,:]",
+    _to_attention_back: f"i8 F4[:,:] f4[:,:] b b {_NORM} f4[:,:] i8 f4[:,:] f4[:,:] i8[:] f4[:,:] f4[:] F4[:,:] F4[:,:] F4[:] F4[:] F4[:]",
 }
 _PARTS = (
     _exp_of_minus, _normal, _sigmoid, _normalise, _affine, _normalise_back, _drop, _activate, _activate_back, _add_columns, _add_row, _add,
-    _turn, _rotate,
+    _turn, _turned, _rotate,
 )  # fmt: skip
 
 
 @kernels.made_once
 def _load() -> BlockKernels | None:
-    global gemm
+    global address
     numba = kernels.usable_numba()
-    if numba is None or not inline_blas.prepare():
+    if numba is None or not machine_code.prepare():
         return None
-    gemm = inline_blas.gemm
+    address = machine_code.address
     for part in _PARTS:
         numba.extending.register_jitable(fastmath=set(kernels.FAST))(part)
     return BlockKernels(*(kernels.compile_loop(numba, function, text, fast=True) for function, text in _SIGNATURES.items()))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-import inline_blas
+import blas
 import parallel
 from config import Config
 from errors import UserError
@@ -97,7 +97,7 @@ def computed_on(device: torch.device) -> dict[str, str | int | bool]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": max(torch.get_num_threads(), parallel.num_threads()),  # within parallel.cores torch's own are fewer
         "numba": usable_numba() is not None,  # dropout's masks are of another kind without it
-        "products": inline_blas.library(),
+        "products": blas.library(),
     }
 
 

@@ -8,7 +8,7 @@ Legend: R unique rows of a step, Q those of one part of the table, E width of th
 Measured, 24,677 items of 14 features, 69,594 unique rows of width 32, one core: embedding_bag with a padding_idx 25 ms and as much
 again backward; without padding_idx (then torch takes fbgemm's kernel) 0.8 ms, and the backward pass as another embedding_bag over the
 transposed lists, which the loader's thread makes, 1.1 ms. Rejected for the backward pass: index_add_ (38 ms), a sparse CSR product
-(3.3 ms). Compiled loops (step_kernels.py) do both, and the products, where numba and OpenBLAS are at hand; else torch's operations.
+(3.3 ms). Compiled loops (step_kernels.py) do both, and the products, where numba is at hand; else torch's operations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import inline_blas
+import machine_code
 import step_kernels
 from blas import mm
 from features import ITEM_ID, Bags, Field, SideInputs, TableLayout
@@ -175,9 +175,9 @@ class _ProjectAndSum(torch.autograd.Function):
         projected[0] = 0
         ranges = [(number, inputs.segments[runs[number][0]], *of_field) for number, of_field in _field_ranges(runs, inputs.segments)]
         if weights and (fast := _kernels(tensors)):
-            project, out = partial(fast.project, inline_blas.address()), projected.numpy()
+            out = projected.numpy()
             arrays = [(rows.detach().numpy(), weight.detach().numpy()) for rows, weight in zip(local, weights)]
-            run([partial(project, *arrays[number], place, first, out, begin, end) for number, first, begin, end, place in ranges])
+            run([partial(fast.project, *arrays[number], place, first, out, begin, end) for number, first, begin, end, place in ranges])
         else:
             jobs = []
             for number, first, begin, end, place in ranges:
@@ -198,16 +198,14 @@ class _ProjectAndSum(torch.autograd.Function):
 
 
 def _kernels(tensors: tuple[Tensor, ...]) -> step_kernels.StepKernels | None:
-    """The compiled loops, where they can project these: float32, and there is an OpenBLAS for their products."""
-    return step_kernels.compiled() if all(t.dtype == torch.float32 for t in tensors) and inline_blas.address() else None
+    """The compiled loops, where they can project these: float32, all of them."""
+    return step_kernels.compiled() if all(t.dtype == torch.float32 for t in tensors) and machine_code.available() else None
 
 
 def _back_in_tiles(bags: Bags, ranges: list[tuple], local: Sequence[Tensor], weights: Sequence[Tensor], grad: Tensor):
     """Gradients of the rows, (Q, E) a part, and of the weights, by compiled loops; of `forward`'s ranges, and grad (M, D)."""
     shares = grad.new_empty(0) if bags.thing_weights is None else bags.thing_weights
-    project = partial(
-        step_kernels.compiled().project_back, inline_blas.address(), *(t.numpy() for t in (grad, bags.things, bags.starts, shares))
-    )
+    project = partial(step_kernels.compiled().project_back, *(t.numpy() for t in (grad, bags.things, bags.starts, shares)))
     grad_local, grad_weights = [torch.empty_like(t) for t in local], [torch.zeros_like(t) for t in weights]
     arrays = [
         (t.detach().numpy(), w.detach().transpose(1, 2).contiguous().numpy(), g.numpy()) for t, w, g in zip(local, weights, grad_local)

@@ -4,11 +4,11 @@ As torch's operations a block makes some 40 passes over memory forward and 80 ba
 through all operations while they are in a core's cache; attention works on the packed tokens, without padding, and makes the scores of
 the past only. The same numbers up to rounding, with the same dropout masks. What the loops cannot do is left to torch: see `takes`.
 
-Measured, one thread of a Zen 5, forward and backward, 33 users of 91 tokens with dropout, torch's operations and this, ms: width 32,
-1 head, ReLU, inner 32: 4.3 and 2.4 (OpenBLAS with its Haswell kernels 4.7 and 3.5); width 64, 2 heads, GELU, inner 256: 14.6 and 9.6
-(18.7 and 14).
-Attention alone at width 32: torch's flash kernel .80 + 1.31, these loops .37 + .45 (.53 + .88).
-Rejected: torch's flash kernel between the loops (4.1 and 4.75), rows of scores filled up to whole vectors, the largest score by sixteenths.
+Measured, one thread of a Zen 5 beside another process, forward and backward, 33 users of 91 tokens with dropout, torch's operations and
+this, ms: width 32, 1 head, ReLU, inner 32: 5.2 and 2.8; width 64, 2 heads, GELU, inner 256: 16.7 and 10.3. Attention alone at width 32:
+torch's flash kernel .80 + 1.31, these loops .41 + .55.
+Rejected: torch's flash kernel between the loops (4.8 in place of 3.5), rows of scores filled up to whole vectors, the largest score by
+sixteenths (no faster).
 
 Legend: N packed tokens, W width, H heads, I inner width.
 """
@@ -81,8 +81,7 @@ class _Block(torch.autograd.Function):
         num, width = x.shape
         qkv_weight, qkv_bias, out_weight, out_bias, inner_weight, inner_bias, last_weight, last_bias, *norms = _arrays(weights)
         gains, shifts = norms[:2], norms[2:] or [np.zeros(width, np.float32)] * 2
-        address = block_kernels.inline_blas.address()
-        head = address, max(_SMALLEST_TILE, block_kernels.TILE_ENTRIES // width // 4 * 4)  # `_drop` wants whole fours
+        tile = max(_SMALLEST_TILE, block_kernels.TILE_ENTRIES // width // 4 * 4)  # `_drop` wants whole fours
         options, heads = (block.norm_first, isinstance(block.attention_norm, nn.RMSNorm)), block.attention.num_heads
         places = _arrays((*(sequence.cos_sin or (torch.empty(0, 0), torch.empty(0, 0))), sequence.packing.positions))
         starts = np.append(np.flatnonzero(places[2] == 0), num)
@@ -91,23 +90,23 @@ class _Block(torch.autograd.Function):
         hidden, result = torch.empty(num, len(inner_weight)), torch.empty(num, width)
         of_first = _arrays(first)
         to_attention = (gains[0], shifts[0], qkv_weight, qkv_bias, heads, *places, *of_first, qkv.numpy())
-        kernels.to_attention(*head, x.numpy(), *options, _EPS, *to_attention)
-        kernels.attention(address, qkv.numpy(), starts, heads, mixed.numpy(), log_sum.numpy())
+        kernels.to_attention(tile, x.numpy(), *options, _EPS, *to_attention)
+        kernels.attention(qkv.numpy(), starts, heads, mixed.numpy(), log_sum.numpy())
         masks, kind = _masks(block), _KINDS[block.feed_forward.activation]
         kernels.from_attention(
-            *head, x.numpy(), mixed.numpy(), *options, _EPS, kind, *masks, out_weight, out_bias, gains[0], shifts[0],
+            tile, x.numpy(), mixed.numpy(), *options, _EPS, kind, *masks, out_weight, out_bias, gains[0], shifts[0],
             inner_weight, inner_bias, last_weight, last_bias, gains[1], shifts[1], *of_first, *_arrays(second),
             hidden.numpy(), result.numpy(),
         )  # fmt: skip
         ctx.save_for_backward(x, qkv, mixed, log_sum, hidden, *first, *second, *weights)
-        ctx.arguments = head, options, heads, places, starts, masks, kind
+        ctx.arguments = tile, options, heads, places, starts, masks, kind
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         kernels = block_kernels.compiled()
-        head, options, heads, places, starts, masks, kind = ctx.arguments
+        tile, options, heads, places, starts, masks, kind = ctx.arguments
         saved = ctx.saved_tensors  # once: under torch's checkpoint they are made again when asked for
         x, qkv, mixed, log_sum, hidden, *states = _arrays(saved[:9])
         weights = saved[9:]
@@ -120,14 +119,14 @@ class _Block(torch.autograd.Function):
         of_gains, of_shifts = of_norms[:2], of_norms[2:] or unused
         grad_mixed, grad_qkv = np.empty((num, width), np.float32), np.empty((num, 3 * width), np.float32)
         kernels.from_attention_back(
-            *head, grad.contiguous().numpy(), mixed, *options, kind, *masks, out_weight, gains[0], shifts[0],
+            tile, grad.contiguous().numpy(), mixed, *options, kind, *masks, out_weight, gains[0], shifts[0],
             inner_weight, inner_bias, last_weight, gains[1], shifts[1], *states, hidden, grad_x.numpy(), grad_mixed,
             of_out, of_out_bias, of_gains[0], of_shifts[0], of_inner, of_inner_bias, of_last, of_last_bias, of_gains[1], of_shifts[1],
         )  # fmt: skip
-        kernels.attention_back(head[0], grad_mixed, qkv, starts, heads, mixed, log_sum, grad_qkv)
+        kernels.attention_back(grad_mixed, qkv, starts, heads, mixed, log_sum, grad_qkv)
         of_first = (of_gains[0], of_shifts[0]) if options[0] else unused
         kernels.to_attention_back(
-            *head, grad_qkv, x, *options, gains[0], shifts[0], qkv_weight, heads, *places, *states[:2], grad_x.numpy(),
+            tile, grad_qkv, x, *options, gains[0], shifts[0], qkv_weight, heads, *places, *states[:2], grad_x.numpy(),
             of_qkv, of_qkv_bias, *of_first,
         )  # fmt: skip
         return None, None, grad_x, *grads

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import inline_blas
 import tower_kernels
 from features import Dense
 from layers import hooked, loops_fit
@@ -50,7 +49,7 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, relu, cosine, smallest, dense, vectors: Tensor, bias: Tensor, *weights: Tensor):
-        loops, address, num = tower_kernels.compiled(), inline_blas.address(), len(vectors)
+        loops, num = tower_kernels.compiled(), len(vectors)
         values = [(part.values.float().contiguous().numpy(), part.present.contiguous().numpy()) for part in dense]
         weights = [weight.detach().contiguous().numpy() for weight in weights]
         candidate, norms = torch.empty(num if cosine else 0, vectors.shape[1]), torch.empty(num if cosine else 0)
@@ -59,7 +58,7 @@ class _Finish(torch.autograd.Function):
         def job(begin: int, end: int) -> None:
             out, to, of_norms = (array[begin:end] for array in arrays)
             for (entries, present), weight in zip(values, weights):
-                loops.add_dense(address, entries[begin:end], present[begin:end], weight, out)
+                loops.add_dense(entries[begin:end], present[begin:end], weight, out)
             loops.finish(out, of_bias, relu, smallest, to, of_norms)
 
         pieces = row_pieces(num)
@@ -73,7 +72,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_history: Tensor | None, grad_candidate: Tensor | None):
-        loops, address = tower_kernels.compiled(), inline_blas.address()
+        loops = tower_kernels.compiled()
         relu, smallest, values, shapes, pieces = ctx.arguments
         history, candidate, norms = (t.detach().numpy() for t in ctx.saved_tensors)
         grad_history = np.zeros_like(history) if grad_history is None else grad_history.contiguous().numpy()
@@ -86,7 +85,7 @@ class _Finish(torch.autograd.Function):
             sums = [torch.empty(out.shape[1]), *map(torch.empty, shapes)]
             loops.finish_back(out, relu, vectors, of_norms, smallest, *given, to, sums[0].numpy())
             for (entries, present), of_weight in zip(values, sums[1:]):
-                loops.add_dense_back(address, entries[begin:end], present[begin:end], to, of_weight.numpy())
+                loops.add_dense_back(entries[begin:end], present[begin:end], to, of_weight.numpy())
             return sums
 
         sums = [sum(parts) for parts in zip(*run([partial(job, *piece) for piece in pieces]))]

@@ -10,9 +10,11 @@ Legend: Z keys, R unique rows, M things (items or users), F fields, C columns, B
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -364,6 +366,13 @@ def usable_numba():
     return numba
 
 
+@cache
+def _sources() -> str:
+    """Of the modules whose functions loops of other modules call: numba looks for changes in the loop's own file alone."""
+    files = [Path(__file__).with_name(name).read_bytes() for name in ("kernels.py", "machine_code.py")]
+    return hashlib.sha256(b"".join(files)).hexdigest()[:12]
+
+
 def compile_loop(numba, function: Callable, text: str, fast: bool = False) -> Callable:
     """The compiled function, kept on disk. text: types of its arguments. fast: with FAST."""
     types = {
@@ -380,6 +389,7 @@ def compile_loop(numba, function: Callable, text: str, fast: bool = False) -> Ca
         dtype, brackets, axes = word.partition("[")
         of_type = types[dtype.lower()]
         arguments.append(numba.types.Array(of_type, axes.count(":"), "C", readonly=dtype.islower()) if brackets else of_type)
+    function.__qualname__ = f"{function.__name__}_{_sources()}"  # names the file that keeps the code
     options = {"nogil": True, "error_model": "numpy", "fastmath": set(FAST) if fast else False}
     try:
         return numba.njit(tuple(arguments), cache=True, **options)(function)

@@ -210,6 +210,7 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
     if more is not None:
         candidates = torch.cat((candidates, more.vectors.detach().to(dtype)))
         candidate_log_q = None if log_q is None else torch.cat((candidate_log_q, more.log_q.to(dtype)))
+    turned = candidates.T.contiguous()  # (D, C), once for all chunks
     spread = item_spread = _Spread(candidates, candidate_log_q, smoothing) if smoothing else None
     if smoothing and more is not None:
         item_spread = _Spread(candidates[:num_with_grad], None if log_q is None else candidate_log_q[:num_with_grad], smoothing)
@@ -230,7 +231,7 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
             scaled = query[part].detach().to(dtype) / temperature  # (n, D)
             target, weight = target_index[part], share[part]
             targets = items.index_select(0, target)  # (n, D)
-            logits = mm(scaled, candidates.T, out=buffer[: len(scaled)])  # (n, C)
+            logits = mm(scaled, turned, out=buffer[: len(scaled)])  # (n, C)
             if log_q is not None:
                 logits.sub_(candidate_log_q)
             own = (scaled * targets).sum(1)  # (n,)

@@ -6,9 +6,9 @@ for bit, these are waited for: a run must not change its arithmetic on the way.
 
 Measured, one core of a Zen 3 beside other work, torch's operations against these: update of some 69,600 rows of width 32 10.5 ms, 5.3; a
 dropout of 102,400 entries .31 ms, .08 (experiments/2026-11-25-pieces.md). One core of a Zen 5 beside other work, processor time within
-steps of the baseline's setting (24,677 items, 69,594 rows of width 32, 12,070 tokens; OpenBLAS's AVX-512 kernels), before and with
-TILE, AHEAD and sums in registers: look-up 1.5 ms, 1.0; projection and sums 3.6, 1.8; backward 5.9, 2.7; update 1.8, 1.6; BCE, one loop
-with a call of exp and log1p a logit before, 3.5, 1.6. With OpenBLAS's AVX2 kernels the products take 4.2 of what is left. Rejected:
+steps of the baseline's setting (24,677 items, 69,594 rows of width 32, 12,070 tokens; products by OpenBLAS), before and with TILE, AHEAD
+and sums in registers: look-up 1.5 ms, 1.0; projection and sums 3.6, 1.8; backward 5.9, 2.7; update 1.8, 1.6; BCE, one loop
+with a call of exp and log1p a logit before, 3.5, 1.6. Rejected:
 look-up and projection in one loop (as fast as two); tiles of 128 and 512 rows (a tenth slower); no copies of the rows, looked up again
 backward (the projection .1 ms faster, the backward pass .4 slower); huge pages for the table (no faster).
 
@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-import inline_blas
+import machine_code
 import kernels
-from inline_blas import PLAIN, TURNED
+from machine_code import product
 from kernels import mix
 
 TILE = 256  # rows between two products: 32 KB at width 32, so that what one loop leaves is in the core's cache for the next
@@ -96,7 +96,7 @@ def _bce(query, items, pos_index, neg_index, begin, end, pos_share, neg_share, w
             for k in range(1, columns):
                 index[n * columns + k] = neg_index[first + n, k - 1]
         for entry in range(num * columns):
-            inline_blas.prefetch(items, index[entry])
+            machine_code.prefetch(items, index[entry])
         for n in range(num):
             q = query[first + n]
             for k in range(columns):
@@ -133,7 +133,7 @@ def _bce(query, items, pos_index, neg_index, begin, end, pos_share, neg_share, w
         if with_grad:
             of_tile = factors[first * columns : (first + num) * columns]
             for n in range(num):
-                inline_blas.sum_weighted_rows(grad_query, first + n, items, index, n * columns, (n + 1) * columns, of_tile)
+                machine_code.sum_weighted_rows(grad_query, first + n, items, index, n * columns, (n + 1) * columns, of_tile)
     return loss
 
 
@@ -164,7 +164,7 @@ def _bce_items(query, columns, factors, starts, entries, begin, end, grad_items)
         entry = entries[base + place]
         tokens[place], shares[place] = entry // columns, factors[entry]
     for item in range(begin, end):
-        inline_blas.sum_weighted_rows(grad_items, item, query, tokens, starts[item] - base, starts[item + 1] - base, shares)
+        machine_code.sum_weighted_rows(grad_items, item, query, tokens, starts[item] - base, starts[item + 1] - base, shares)
 
 
 def _gather(first, second, index, begin, end, out):
@@ -193,7 +193,7 @@ def _take_rows(table, rows, out, begin, end):
     """out[begin:end] = table[rows[begin:end]]."""
     width = table.shape[1]
     for i in range(begin, end):
-        inline_blas.prefetch(table, rows[min(i + AHEAD, end - 1)])
+        machine_code.prefetch(table, rows[min(i + AHEAD, end - 1)])
         v, to = table[rows[i]], out[i]
         for d in range(width):
             to[d] = v[d]
@@ -204,25 +204,24 @@ def _sum_bags(vectors, index, starts, weights, out, begin, end):
     last = len(index) - 1
     for m in range(begin, end):
         for use in range(starts[m], starts[m + 1]):
-            inline_blas.prefetch(vectors, index[min(use + USES_AHEAD, last)])
+            machine_code.prefetch(vectors, index[min(use + USES_AHEAD, last)])
         if len(weights):
-            inline_blas.sum_weighted_rows(out, m, vectors, index, starts[m], starts[m + 1], weights)
+            machine_code.sum_weighted_rows(out, m, vectors, index, starts[m], starts[m + 1], weights)
         else:
-            inline_blas.sum_rows(out, m, vectors, index, starts[m], starts[m + 1])
+            machine_code.sum_rows(out, m, vectors, index, starts[m], starts[m + 1])
 
 
-def _project(address, rows, weights, field, first, out, begin, end):
-    """out[first + i] = rows[i] (Q, E) @ weights[field] (F, E, D), for i in begin:end, by inline_blas's product at `address`."""
+def _project(rows, weights, field, first, out, begin, end):
+    """out[first + i] = rows[i] (Q, E) @ weights[field] (F, E, D), for i in begin:end"""
     weight = weights[field]
     width, out_width = weight.shape
     for row in range(begin, end, TILE):
         num = min(TILE, end - row)
-        shape = num, out_width, width
-        tile, to = rows[row : row + num], out[first + row : first + row + num]
-        inline_blas.gemm(address, PLAIN, PLAIN, *shape, tile, width, weight, out_width, np.float32(0.0), to, out_width)
+        tile, to = machine_code.address(rows[row:]), machine_code.address(out[first + row :])
+        product(tile, width, 1, machine_code.address(weight), out_width, num, out_width, width, False, to, out_width)
 
 
-def _project_back(address, grad, things, starts, shares, rows, turned, field, first, grad_rows, grad_weight, begin, end):
+def _project_back(grad, things, starts, shares, rows, turned, field, first, grad_rows, grad_weight, begin, end):
     """From the gradient of the things' sums of projected rows, grad (M, D), to those of rows[begin:end] and of their field's weight.
 
     Row i of rows (Q, E) went into things[starts[first + i] : starts[first + i + 1]], times shares where these are not empty. turned:
@@ -234,16 +233,27 @@ def _project_back(address, grad, things, starts, shares, rows, turned, field, fi
     for start in range(begin, end, TILE):
         num = min(TILE, end - start)
         for i in range(num):
-            inline_blas.prefetch(rows, start + i)  # for the second product, which reads down its columns
+            machine_code.prefetch(rows, start + i)  # for the second product, which reads down its columns
             use, last = starts[first + start + i], starts[first + start + i + 1]
             if len(shares):
-                inline_blas.sum_weighted_rows(sums, i, grad, things, use, last, shares)
+                machine_code.sum_weighted_rows(sums, i, grad, things, use, last, shares)
             else:
-                inline_blas.sum_rows(sums, i, grad, things, use, last)
-        tile, to, zero, add = rows[start : start + num], grad_rows[start : start + num], np.float32(0.0), np.float32(start > begin)
-        shape, back = (num, width, out_width), (width, out_width, num)
-        inline_blas.gemm(address, PLAIN, PLAIN, *shape, sums, out_width, weight, width, zero, to, width)
-        inline_blas.gemm(address, TURNED, PLAIN, *back, tile, width, sums, out_width, add, grad_weight, out_width)
+                machine_code.sum_rows(sums, i, grad, things, use, last)
+        tile, to = machine_code.address(rows[start:]), machine_code.address(grad_rows[start:])
+        product(machine_code.address(sums), out_width, 1, machine_code.address(weight), width, num, width, out_width, False, to, width)
+        product(
+            tile,
+            1,
+            width,
+            machine_code.address(sums),
+            out_width,
+            width,
+            out_width,
+            num,
+            start > begin,
+            machine_code.address(grad_weight),
+            out_width,
+        )
 
 
 def _rowwise(weight, second, rows, grad, begin, end, lr, scale, beta2, eps, l2_emb, shrink, adagrad):
@@ -254,8 +264,8 @@ def _rowwise(weight, second, rows, grad, begin, end, lr, scale, beta2, eps, l2_e
     width = grad.shape[1]
     for i in range(begin, end):
         ahead = rows[min(i + AHEAD, end - 1)]
-        inline_blas.prefetch(weight, ahead)
-        inline_blas.prefetch(second, ahead)
+        machine_code.prefetch(weight, ahead)
+        machine_code.prefetch(second, ahead)
         row, g = rows[i], grad[i]
         v = weight[row]
         square = np.float32(0.0)
@@ -285,15 +295,15 @@ _SIGNATURES = {
     _scatter: "f4[:,:] i8[:] i8 i8 i8 F4[:,:]",
     _take_rows: "f4[:,:] i8[:] F4[:,:] i8 i8",
     _sum_bags: "f4[:,:] i4[:] i4[:] f4[:] F4[:,:] i8 i8",
-    _project: "i8 f4[:,:] f4[:,:,:] i8 i8 F4[:,:] i8 i8",
-    _project_back: "i8 f4[:,:] i4[:] i4[:] f4[:] f4[:,:] f4[:,:,:] i8 i8 F4[:,:] F4[:,:] i8 i8",
+    _project: "f4[:,:] f4[:,:,:] i8 i8 F4[:,:] i8 i8",
+    _project_back: "f4[:,:] i4[:] i4[:] f4[:] f4[:,:] f4[:,:,:] i8 i8 F4[:,:] F4[:,:] i8 i8",
     _rowwise: "F4[:,:] F4[:] i8[:] f4[:,:] i8 i8 f4 f4 f4 f4 f4 f4 b",
 }
 
 
 @kernels.made_once
 def _load() -> StepKernels | None:
-    if not inline_blas.prepare():
+    if not machine_code.prepare():
         return None
     numba = kernels.usable_numba()
     return StepKernels(*(kernels.compile_loop(numba, function, text, fast=True) for function, text in _SIGNATURES.items()))

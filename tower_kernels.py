@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-import inline_blas
 import kernels
-from inline_blas import PLAIN, TURNED
+import machine_code
+from machine_code import product
 
 TILE = 256  # items
 
-gemm = None  # inline_blas.gemm, when the loops are compiled
+address = None  # machine_code.address, when the loops are compiled
 
 
 class TowerKernels(NamedTuple):
@@ -31,8 +31,8 @@ class TowerKernels(NamedTuple):
 
 
 def compiled() -> TowerKernels | None:
-    """The kernels, compiled or read from disk at the first call; None without numba or OpenBLAS."""
-    return _load() if inline_blas.address() else None
+    """The kernels, compiled or read from disk at the first call; None without numba."""
+    return _load() if machine_code.available() else None
 
 
 def _scaled(values, present, begin, num, tile):
@@ -50,17 +50,19 @@ def _scaled(values, present, begin, num, tile):
         to[width + 1] = np.float32(1.0) - to[width]
 
 
-def _add_dense(address, values, present, weight, out):
+def _add_dense(values, present, weight, out):
     """out (M, D) += the projection of values (M, K) by weight (D, K + 2), whose last columns are the bias and the missing vector."""
     num, width, inner = len(out), out.shape[1], weight.shape[1]
-    tile = np.empty((TILE, inner), np.float32)
+    tile, turned = np.empty((TILE, inner), np.float32), np.empty((inner, width), np.float32)
+    for d in range(width):
+        turned[:, d] = weight[d]
     for begin in range(0, num, TILE):
         n = min(TILE, num - begin)
         _scaled(values, present, begin, n, tile)
-        gemm(address, PLAIN, TURNED, n, width, inner, tile, inner, weight, inner, np.float32(1.0), out[begin:], width)
+        product(address(tile), inner, 1, address(turned), width, n, width, inner, True, address(out[begin:]), width)
 
 
-def _add_dense_back(address, values, present, grad, grad_weight):
+def _add_dense_back(values, present, grad, grad_weight):
     """grad_weight (D, K + 2) is set, from the gradient of out (M, D)."""
     num, width, inner = len(grad), grad.shape[1], grad_weight.shape[1]
     tile = np.empty((TILE, inner), np.float32)
@@ -68,7 +70,7 @@ def _add_dense_back(address, values, present, grad, grad_weight):
     for begin in range(0, num, TILE):
         n = min(TILE, num - begin)
         _scaled(values, present, begin, n, tile)
-        gemm(address, TURNED, PLAIN, width, inner, n, grad[begin:], width, tile, inner, np.float32(1.0), grad_weight, inner)
+        product(address(grad[begin:]), 1, width, address(tile), inner, width, inner, n, True, address(grad_weight), inner)
 
 
 def _finish(out, bias, relu, smallest, candidate, norms):
@@ -115,8 +117,8 @@ def _finish_back(out, relu, candidate, norms, smallest, grad_history, grad_candi
 
 
 _SIGNATURES = {
-    _add_dense: "i8 f4[:,:] b[:] f4[:,:] F4[:,:]",
-    _add_dense_back: "i8 f4[:,:] b[:] f4[:,:] F4[:,:]",
+    _add_dense: "f4[:,:] b[:] f4[:,:] F4[:,:]",
+    _add_dense_back: "f4[:,:] b[:] f4[:,:] F4[:,:]",
     _finish: "F4[:,:] f4[:] b f4 F4[:,:] F4[:]",
     _finish_back: "f4[:,:] b f4[:,:] f4[:] f4 f4[:,:] f4[:,:] F4[:,:] F4[:]",
 }
@@ -124,10 +126,10 @@ _SIGNATURES = {
 
 @kernels.made_once
 def _load() -> TowerKernels | None:
-    global gemm
+    global address
     numba = kernels.usable_numba()
-    if numba is None or not inline_blas.prepare():
+    if numba is None or not machine_code.prepare():
         return None
-    gemm = inline_blas.gemm
+    address = machine_code.address
     numba.extending.register_jitable(fastmath=set(kernels.FAST))(_scaled)
     return TowerKernels(*(kernels.compile_loop(numba, function, text, fast=True) for function, text in _SIGNATURES.items()))

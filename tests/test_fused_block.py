@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import blas
 import block_kernels
 import fused_block
-import inline_blas
+import machine_code
 from backbones import Sequence, TransformerBlock, transformer
 from config import Config
 from layers import Packing, Queries, rotary
@@ -20,7 +21,7 @@ from layers import Packing, Queries, rotary
 LENGTHS = (5, 17, 1, 33, 70, 32)
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(not inline_blas.address(), reason="no numba, or numpy brings no OpenBLAS that was tried")
+pytestmark = pytest.mark.skipif(not machine_code.available(), reason="no numba")
 
 
 @pytest.fixture(autouse=True)
@@ -166,10 +167,10 @@ def test_left_to_torch_where_the_loops_cannot() -> None:
 
 
 def test_without_the_library_torch_does_it(monkeypatch) -> None:
-    monkeypatch.setattr(inline_blas, "_address", lambda: 0)
+    monkeypatch.setattr(machine_code, "available", lambda: False)
     packing = packed()
     assert not fused_block.takes(make_block(), torch.randn(len(packing.positions), 64), Sequence(packing, None, None))
-    assert inline_blas.library() == inline_blas.blas.library()
+    assert blas.library() == "torch"
 
 
 def test_a_training_step_takes_it(monkeypatch) -> None:

@@ -7,7 +7,7 @@ from test_model import make
 from tiny import tiny_store
 
 import fused_tower
-import inline_blas
+import machine_code
 from parallel import MIN_ROWS, cores
 
 SETTINGS = {
@@ -19,7 +19,7 @@ SETTINGS = {
     "zero ids": {"id_init": "zero"},
 }
 
-pytestmark = pytest.mark.skipif(not inline_blas.address(), reason="no numba, or numpy brings no OpenBLAS that was tried")
+pytestmark = pytest.mark.skipif(not machine_code.available(), reason="no numba")
 
 
 @pytest.fixture(autouse=True)

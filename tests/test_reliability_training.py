@@ -16,7 +16,7 @@ import yaml
 from reliability_world import RUN_SETTINGS, Driver, make_trainer, rounds, state_hash
 from tiny import tiny_store
 
-import inline_blas
+import blas
 import checkpoint as checkpoints
 from dataset import BatchBuilder, NegativeSampling, TrainingOrder, make_splits, prefetch
 from logger import read_train_log
@@ -97,7 +97,7 @@ def curve(folder: Path, settings: dict) -> list[float]:
 
 def machine() -> dict:
     """What the last bits depend on."""
-    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "products": inline_blas.library()}
+    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "products": blas.library()}
 
 
 def compare(found: list[float], golden: list[float], exact: bool) -> None:
