@@ -15,7 +15,7 @@ import numpy as np
 import kernels
 import machine_code
 from kernels import mix
-from machine_code import product
+from machine_code import exp_of_minus, product
 
 RELU, GELU, SWIGLU = 0, 1, 2
 TILE_ENTRIES = 1 << 14  # of n x W: 64 KiB, of which a tile has several
@@ -109,24 +109,9 @@ def _drop(tile, num, first, state, cut, scale):
         bits >>= _16
 
 
-def _exp_of_minus(x):
-    """exp(-x) for x >= 0, to 1e-7 (2 + x) of it; in vectors, as math.exp is not."""
-    x = min(x, np.float32(87.0))
-    whole = np.int32(x * np.float32(1.44269504) + np.float32(0.5))
-    rest = np.float32(whole) * np.float32(0.693359375) - x - np.float32(whole) * np.float32(2.12194440e-4)
-    power = np.float32(1.9875691500e-4)
-    power = power * rest + np.float32(1.3981999507e-3)
-    power = power * rest + np.float32(8.3334519073e-3)
-    power = power * rest + np.float32(4.1665795894e-2)
-    power = power * rest + np.float32(1.6666665459e-1)
-    power = power * rest + np.float32(5.0000001201e-1)
-    power = power * rest * rest + rest + np.float32(1.0)
-    return power * np.int32((np.int32(127) - whole) << np.int32(23)).view(np.float32)
-
-
 def _normal(x):
     """Distribution and density of a standard normal at x, to 3e-7. Source: Abramowitz and Stegun 7.1.26."""
-    density = _exp_of_minus(np.float32(0.5) * x * x)
+    density = exp_of_minus(np.float32(0.5) * x * x)
     t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.3275911 * 0.70710678) * abs(x))
     tail = np.float32(1.061405429)
     tail = tail * t - np.float32(1.453152027)
@@ -137,7 +122,7 @@ def _normal(x):
 
 
 def _sigmoid(x):
-    small = _exp_of_minus(abs(x))
+    small = exp_of_minus(abs(x))
     return (np.float32(1.0) if x >= 0 else small) / (np.float32(1.0) + small)
 
 
@@ -311,7 +296,7 @@ def _attention(qkv, starts, heads, mixed, log_sum):
                         top = max(top, row[j])
                     row[seen:] = zero
                     for j in range(seen):
-                        row[j] = _exp_of_minus((top - row[j]) * factor)
+                        row[j] = exp_of_minus((top - row[j]) * factor)
                         total += row[j]
                     totals[i] = total
                     log_sum[first + begin + i, head] = top * factor + np.log(total)
@@ -351,7 +336,7 @@ def _attention_back(grad, qkv, starts, heads, mixed, log_sum, grad_qkv):
                         along += grad[token, column + d] * mixed[token, column + d]
                     normal = log_sum[token, head]
                     for j in range(seen):  # rounding may take a score above its row's sum
-                        row[j] = _exp_of_minus(max(normal - row[j] * factor, zero))
+                        row[j] = exp_of_minus(max(normal - row[j] * factor, zero))
                         of_row[j] = row[j] * (of_row[j] - along) * factor
                 key, value, wide = to[at + width :], to[at + 2 * width :], 3 * width
                 product(
@@ -472,7 +457,7 @@ _SIGNATURES = {
     _to_attention_back: f"i8 F4[:,:] f4[:,:] b b {_NORM} f4[:,:] i8 f4[:,:] f4[:,:] i8[:] f4[:,:] f4[:] F4[:,:] F4[:,:] F4[:] F4[:] F4[:]",
 }
 _PARTS = (
-    _exp_of_minus, _normal, _sigmoid, _normalise, _affine, _normalise_back, _drop, _activate, _activate_back, _add_columns, _add_row, _add,
+    _normal, _sigmoid, _normalise, _affine, _normalise_back, _drop, _activate, _activate_back, _add_columns, _add_row, _add,
     _turn, _turned, _rotate,
 )  # fmt: skip
 

@@ -25,11 +25,13 @@ import numpy as np
 
 import machine_code
 import kernels
-from machine_code import product
+from machine_code import exp_of_minus, product
 from kernels import mix
 
 TILE = 256  # rows between two products: 32 KB at width 32, so that what one loop leaves is in the core's cache for the next
 AHEAD = 64  # rows of the table that are on their way from memory at a time
+TOPS = 64  # entries of a row of logits whose largest are sought side by side
+LOW = np.float32(-1e30)  # a logit whose exponential does not count
 USES_AHEAD = 112  # rows of sums that are: forward 1.6 ms, .8 (42: 1.1); backward they lie near anyway
 _1, _2, _HALF, _LOG2_E, _LN_2, _MOST = (np.float32(x) for x in (1.0, 2.0, 0.5, 1 / math.log(2), math.log(2), 87.0))
 _E2, _E3, _E4, _E5, _E6, _E7 = (np.float32(1 / math.factorial(n)) for n in range(2, 8))  # of exp's series
@@ -43,6 +45,7 @@ class StepKernels(NamedTuple):
     bce: Callable
     logits_by_item: Callable
     bce_items: Callable
+    softmax: Callable
     gather: Callable
     scatter: Callable
     take_rows: Callable
@@ -165,6 +168,44 @@ def _bce_items(query, columns, factors, starts, entries, begin, end, grad_items)
         tokens[place], shares[place] = entry // columns, factors[entry]
     for item in range(begin, end):
         machine_code.sum_weighted_rows(grad_items, item, query, tokens, starts[item] - base, starts[item + 1] - base, shares)
+
+
+def _softmax(logits, log_q, own, own_place, top, total):
+    """Rows of logits (n, C), less log_q (C,) where there is one, become exp(logit - top); top (n,), the largest, and total (n,) are set.
+
+    own: (n,) logit of each row's target, which counts in top and total. own_place: (n,) which of the candidates it is, whose entry then
+    becomes 0; -1 = none of them. (0,): it is one of them and stays; own is not read.
+    """
+    columns, beside = logits.shape[1], len(own_place) > 0
+    whole = columns // TOPS * TOPS
+    tops = np.empty(TOPS, np.float32)
+    for i in range(len(logits)):
+        row = logits[i]
+        if len(log_q):
+            for j in range(columns):
+                row[j] -= log_q[j]
+        if beside and own_place[i] >= 0:
+            row[own_place[i]] = LOW
+        highest = own[i] if beside else row[0]
+        if whole:  # by TOPS at a time: for one number, not to lose a NaN, entries would go one by one
+            for k in range(TOPS):
+                tops[k] = row[k]
+            for block in range(TOPS, whole, TOPS):
+                for k in range(TOPS):
+                    tops[k] = max(tops[k], row[block + k])
+            for k in range(TOPS):
+                highest = max(highest, tops[k])
+        for j in range(whole, columns):
+            highest = max(highest, row[j])
+        among = np.float32(0.0)
+        for j in range(columns):
+            row[j] = exp_of_minus(highest - row[j])
+            among += row[j]
+        if beside:
+            if own_place[i] >= 0:
+                row[own_place[i]] = np.float32(0.0)
+            among += exp_of_minus(highest - own[i])
+        top[i], total[i] = highest, among
 
 
 def _gather(first, second, index, begin, end, out):
@@ -291,6 +332,7 @@ _SIGNATURES = {
     _bce: "f4[:,:] f4[:,:] i8[:] i8[:,:] i8 i8 f8 f8 b F4[:,:] F4[:]",
     _logits_by_item: "i8[:] i8[:,:] I8[:] I4[:]",
     _bce_items: "f4[:,:] i4 f4[:] i8[:] i4[:] i8 i8 F4[:,:]",
+    _softmax: "F4[:,:] f4[:] f4[:] i8[:] F4[:] F4[:]",
     _gather: "f4[:,:] f4[:,:] i8[:] i8 i8 F4[:,:]",
     _scatter: "f4[:,:] i8[:] i8 i8 i8 F4[:,:]",
     _take_rows: "f4[:,:] i8[:] F4[:,:] i8 i8",

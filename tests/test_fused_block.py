@@ -187,7 +187,7 @@ def test_exponential_and_normal_distribution() -> None:
     """To within what float32 resolves: of an exponential, of its argument."""
     numba = pytest.importorskip("numba")
     block_kernels.compiled()
-    exp, normal = block_kernels._exp_of_minus, block_kernels._normal
+    exp, normal = machine_code.exp_of_minus, block_kernels._normal
 
     @numba.njit(fastmath=set(block_kernels.kernels.FAST))
     def both(x, exps, below, density):

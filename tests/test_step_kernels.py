@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import losses
 import kernels
 import step_kernels
 from embedding import Touched
@@ -142,3 +143,32 @@ def test_gathered_tokens_and_their_gradients(num: int) -> None:
     assert torch.equal(found, expected)
     for mine, true in zip(torch.autograd.grad(found, (first, second), grad), torch.autograd.grad(expected, (first, second), grad)):
         torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize("columns", [0, 1, 63, 64, 200])
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("with_log_q", [True, False])
+def test_exponentials_of_logits(columns: int, beside: bool, with_log_q: bool) -> None:
+    if not beside and not columns:
+        pytest.skip("the target is one of the candidates")
+    torch.manual_seed(0)
+    logits, own = 30 * torch.randn(40, columns), 30 * torch.randn(40)
+    log_q = torch.randn(columns) if with_log_q else None
+    place = torch.randint(-1, max(1, columns), (40,)) if beside else None
+    if beside and not columns:
+        place.fill_(-1)
+    slow, fast = logits.clone(), logits.clone()
+    expected = losses._exponentials(slow, log_q, own, place, hard=0)
+    found = losses._fast_exponentials(step_kernels.compiled(), fast, log_q, own, place)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-30)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [3, 150])
+def test_exponentials_of_what_is_not_finite(value: float, place: int) -> None:
+    logits = torch.randn(2, 170)
+    logits[1, place] = value
+    _, total, _ = losses._fast_exponentials(step_kernels.compiled(), logits, None, torch.zeros(2), torch.full((2,), -1))
+    assert total[0].isfinite() and not total[1].isfinite()
