@@ -174,7 +174,12 @@ class _SavedGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        scaled = [None if grad is None else (grad * grad_output).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        saved = ctx.saved_tensors
+        if (
+            grad_output.device.type != "cpu" or grad_output != 1
+        ):  # on CPU nearly always 1: 4 MB that need not be multiplied; CUDA would wait
+            saved = [None if grad is None else grad * grad_output for grad in saved]
+        scaled = [None if grad is None else grad.to(dtype) for grad, dtype in zip(saved, ctx.dtypes)]
         return *scaled, *[None] * ctx.num_others
 
 

@@ -288,7 +288,7 @@ class Trainer:
         self._accumulate(batch, features)
         shares, self._shares = self._shares, []
         touched = merge_touched(self.model.table, [share.touched for share in shares])
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None] + [entry.leaf.grad for entry in touched]
+        grads = self.updates.gradients() + [entry.leaf.grad for entry in touched]
         weights = [share.weight for share in shares]
         whole = sum(weights) or 1.0  # 0: targets of weight 0 alone, without gradients
         loss_scale = self.scaler.scale * whole

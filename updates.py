@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from averaging import WeightAverage
@@ -62,11 +63,19 @@ class Updates:
         """Within it the model has the weights that are evaluated and saved: the averaged ones with ema_decay."""
         return nullcontext() if self.average is None else self.average.applied()
 
+    @cached_property
+    def _parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def gradients(self) -> list[Tensor]:
+        """Of the weights that have one, the table's rows apart."""
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
     def apply(self, touched: list[Touched], scale: Tensor | float, step: int) -> None:
         """Update number `step` (from 0): all weights by their gradients times `scale`, which are overwritten; and their average."""
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+        grads = self.gradients()
+        if grads and not (isinstance(scale, float) and scale == 1.0):
+            torch._foreach_mul_(grads, scale)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step, group.get("schedule", "dense"))
         self.optimizer.step()
