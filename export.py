@@ -44,7 +44,7 @@ class UserEncoder(nn.Module):
     """
 
     # The model's own code on the same parts, so that the two cannot drift apart.
-    _encode_tokens, _normalised = Recommender._encode_tokens, Recommender._normalised
+    _encode_tokens, _encode_vectors, _normalised = Recommender._encode_tokens, Recommender._encode_vectors, Recommender._normalised
 
     def __init__(self, model: Recommender, user_table: Tensor) -> None:
         super().__init__()

@@ -179,13 +179,18 @@ def _cpu_dropout(x: Tensor, cut: int) -> Tensor:
     return _Dropout.apply(x, cut) if fast is None else _HashDropout.apply(x, cut, fast.dropout)
 
 
+def draw_mask(cut: int, generator: torch.Generator | None) -> tuple[np.uint64, np.uint64, np.float32]:
+    """Arguments of loops with dropout, `Dropout.cut` given: state of the hash, by one draw if anything is left out, cut, and scale."""
+    state = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator).item() if cut else 0
+    return np.uint64(state & (2**64 - 1)), np.uint64(cut), np.float32(2**16 / (2**16 - cut))
+
+
 class _HashDropout(torch.autograd.Function):
     """The mask is a hash of (one draw of the generator, place): it is made again for the backward pass, and never stored."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cut: int, kernel) -> Tensor:
-        state = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=dropout_generator())
-        ctx.arguments = np.uint64(state.item() & (2**64 - 1)), np.uint64(cut), np.float32(2**16 / (2**16 - cut))
+        ctx.arguments = draw_mask(cut, dropout_generator())
         ctx.kernel = kernel
         return _HashDropout._masked(ctx, x)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fused_tokens
 import fused_tower
 from actions import ActionConditioning, ActionHead, wanted_in_training
 from backbones import BACKBONES
@@ -23,7 +24,7 @@ from dataset import Batch
 from embedding import JointTable, RowProjection
 from features import ITEM_ID, Dense, FeatureInputs, SideInputs, TableLayout
 from layers import Dropout, Packing, Queries, gather_tokens, gelu, packed_pieces, pick
-from parallel import in_pieces, row_pieces
+from parallel import in_pieces, piece_generators, row_pieces
 from schema import ANY_ACTION, NUM_ACTION_TYPES
 from time_features import TimeFeatures
 
@@ -200,26 +201,35 @@ class Recommender(nn.Module):
         user = self.user_token.expand(batch.users.shape[0], -1)
         if self.user_projection.num_fields:
             user = user + self.user_projection(self.table.lookup("user", users), users)
-        # Token n stands for unique item item_index[n], or for the user owner[n]: one gather from both.
-        source = torch.where(batch.positions == 0, batch.owner + history.shape[0], batch.item_index)
-        x = gather_tokens(history, user, source)  # (N, D)
-        if self.training and self.config.event_dropout:
+        hides_events = self.training and self.config.event_dropout
+        parts = fused_tokens.Parts(self.actions, self.positions, self.time, self.embedding_norm, self.dropout)
+        in_loops = not hides_events and fused_tokens.takes(parts, history, user)
+        if not in_loops:
+            # Token n stands for unique item item_index[n], or for the user owner[n]: one gather from both.
+            source = torch.where(batch.positions == 0, batch.owner + history.shape[0], batch.item_index)
+            x = gather_tokens(history, user, source)  # (N, D)
+        if hides_events:
             hidden = torch.rand(x.shape[0], device=x.device) < self.config.event_dropout
             x = x * (~hidden | (batch.positions == 0))[:, None]
         actions = self._wanted_actions(batch, wanted)
-        if x.is_cuda or not torch.is_grad_enabled():
+        if history.is_cuda or not torch.is_grad_enabled():
             packing, queries = Packing.from_batch(batch), Queries.from_batch(batch)
             return self._parts_of(self._encode_tokens(x, batch.action_types, batch.timestamps, packing, actions, queries))
         pieces = packed_pieces(batch)
+        tokens, results = [piece.tokens for piece in pieces], [piece.results for piece in pieces]
+        generators = piece_generators(len(pieces))
+        if in_loops:
+            x = fused_tokens.embed(parts, history, user, batch, tokens, generators)  # (N, D)
 
         def body(number: int, x: Tensor) -> _OfTokens:
             piece = pieces[number]
-            part, results = slice(*piece.tokens), slice(*piece.results)
-            of_piece = None if actions is None else actions[results]
-            return self._encode_tokens(x, batch.action_types[part], batch.timestamps[part], piece.packing, of_piece, piece.queries)
+            part, times = slice(*piece.tokens), batch.timestamps[piece.tokens.begin : piece.tokens.end]
+            of_piece = None if actions is None else actions[slice(*piece.results)]
+            if in_loops:
+                return self._encode_vectors(x, times, piece.packing, of_piece, piece.queries)
+            return self._encode_tokens(x, batch.action_types[part], times, piece.packing, of_piece, piece.queries)
 
-        tokens, results = [piece.tokens for piece in pieces], [piece.results for piece in pieces]
-        return self._parts_of(_OfTokens(*in_pieces(body, tokens, (x,), self._sequence_parameters(), results)))
+        return self._parts_of(_OfTokens(*in_pieces(body, tokens, (x,), self._sequence_parameters(in_loops), results, generators)))
 
     def _parts_of(self, found: _OfTokens) -> tuple[Tensor, Tensor, Tensor | None]:
         """Query, state and balance, as in Encoded."""
@@ -236,9 +246,10 @@ class Recommender(nn.Module):
             return torch.full_like(batch.querying(), ANY_ACTION)
         return wanted_in_training(batch.target_actions, self.config.action_dropout if self.training else 0.0)
 
-    def _sequence_parameters(self) -> list[nn.Parameter]:
-        """All that `_encode_tokens` uses."""
-        modules = (self.actions, self.positions, self.time, self.embedding_norm, self.backbone, self.conditioning)
+    def _sequence_parameters(self, in_loops: bool) -> list[nn.Parameter]:
+        """All that `_encode_tokens` uses. in_loops: `_encode_vectors`."""
+        embedding = () if in_loops else (self.actions, self.positions, self.time, self.embedding_norm)
+        modules = (*embedding, self.backbone, self.conditioning)
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
     def _encode_tokens(
@@ -251,7 +262,10 @@ class Recommender(nn.Module):
             x = x + pick(self.positions, packing.positions)
         if self.time is not None:
             x = x + self.time(timestamps, packing.positions)
-        x = self.dropout(self.embedding_norm(x))
+        return self._encode_vectors(self.dropout(self.embedding_norm(x)), timestamps, packing, wanted, queries)
+
+    def _encode_vectors(self, x: Tensor, timestamps: Tensor, packing: Packing, wanted: Tensor | None, queries: Queries | None) -> _OfTokens:
+        """From what the sequence encoder is given (N, D)."""
         state, balance = self.backbone(x, packing, timestamps, queries)
         state = query = state.float()
         if self.conditioning is not None:

@@ -147,6 +147,12 @@ def dropout_generator() -> torch.Generator | None:
     return getattr(_state, "generator", None)
 
 
+def piece_generators(num_pieces: int) -> list[torch.Generator]:
+    """One for each piece, by one draw of torch's default generator."""
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    return [torch.Generator().manual_seed((seed + number) % 2**63) for number in range(num_pieces)]
+
+
 def replayed() -> tuple[AbstractContextManager, AbstractContextManager]:
     """For torch's checkpoint: the second context gives `dropout_generator` the state that it has now."""
     generator = dropout_generator()
@@ -184,14 +190,13 @@ class _Pieces(torch.autograd.Function):
     """body(piece number, x[piece], *more) for each piece, with a graph of its own each."""
 
     @staticmethod
-    def forward(ctx, body, pieces, out_pieces, num_inputs, *tensors):
+    def forward(ctx, body, pieces, out_pieces, generators, num_inputs, *tensors):
         inputs, parameters = tensors[:num_inputs], tensors[num_inputs:]
-        seed = int(torch.empty((), dtype=torch.int64).random_())
         results = _Rows(out_pieces[-1].end)
 
         def job(number: int, piece: Piece, out_piece: Piece):
             def work():
-                with _with_generator(torch.Generator().manual_seed((seed + number) % 2**63)), torch.enable_grad():
+                with _with_generator(generators[number]), torch.enable_grad():
                     leaves = [x[piece.begin : piece.end].detach().requires_grad_(x.requires_grad) for x in inputs]
                     outs = body(number, *leaves)
                 results.put(out_piece, [None if out is None else out.detach() for out in outs])
@@ -224,7 +229,7 @@ class _Pieces(torch.autograd.Function):
 
         columns = zip(*run([job(*both, *graph) for *both, graph in zip(ctx.pieces, ctx.out_pieces, graphs)]))
         inputs, sums = iter(results.columns), map(_sum, columns)
-        return (None, None, None, None, *(next(inputs) if need else None for need in ctx.need),
+        return (None, None, None, None, None, *(next(inputs) if need else None for need in ctx.need),
                 *(next(sums) if p.requires_grad else None for p in ctx.parameters))  # fmt: skip
 
 
@@ -242,12 +247,14 @@ def in_pieces(
     inputs: Sequence[Tensor],
     parameters: Sequence[nn.Parameter],
     out_pieces: Sequence[Piece] | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """torch.cat of body(number, *(x[piece] for x in inputs)), result by result, over the pieces, side by side within `cores`.
 
     A result that is None in all pieces stays None.
 
     inputs: (N, ...) each. parameters: all that body uses and that wants a gradient. out_pieces: the rows of the results that each piece
-    gives; None = as many as it is given.
+    gives; None = as many as it is given. generators: of the pieces' dropout; None = `piece_generators`.
     """
-    return _Pieces.apply(body, tuple(pieces), tuple(out_pieces or pieces), len(inputs), *inputs, *parameters)
+    generators = piece_generators(len(pieces)) if generators is None else generators
+    return _Pieces.apply(body, tuple(pieces), tuple(out_pieces or pieces), generators, len(inputs), *inputs, *parameters)
