@@ -27,6 +27,7 @@ _PLACE = 0xFFFFFFFF
 _FILTER = 1 << 12  # entries of a user's filter of seen items
 _COUNTED = 1 << 14  # keys below are counted in a table, which stays in a core's cache; others are sorted by radix
 _BLOCK = 256  # things whose values are read at once: field by field, while they are near
+_TURNED = 64  # things whose keys are turned from field by field to thing by thing at once
 _GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _30, _27, _31 = np.uint64(30), np.uint64(27), np.uint64(31)  # beside uint64, numba turns a plain integer into a float
 
@@ -248,14 +249,20 @@ def _by_thing(keys, begin, counts, num):
     """Keys of one field after another, thing by thing: index (Z,) int32, bags (M + 1,) int32, weights (Z,) or (0,) float32."""
     num_fields, lists = len(begin) - 1, len(counts) > 0
     index, bags, weights = np.empty(len(keys), np.int32), np.empty(num + 1, np.int32), np.empty(len(keys) if lists else 0, np.float32)
+    if not lists:  # in blocks, field by field: 343,000 keys in .13 ms; thing by thing .24
+        for block in range(0, num, _TURNED):
+            end = min(block + _TURNED, num)
+            for f in range(num_fields):
+                of_block = keys[begin[f] + block : begin[f] + end]
+                for i in range(end - block):
+                    index[(block + i) * num_fields + f] = of_block[i]
+        for thing in range(num + 1):
+            bags[thing] = thing * num_fields
+        return index, bags, weights
     at, ahead = 0, begin.copy()
     bags[0] = 0
     for thing in range(num):
         for f in range(num_fields):
-            if not lists:
-                index[at] = keys[begin[f] + thing]
-                at += 1
-                continue
             for _ in range(counts[f, thing]):
                 index[at], weights[at] = keys[ahead[f]], 1.0 / counts[f, thing]
                 ahead[f] += 1
