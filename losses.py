@@ -175,9 +175,8 @@ class _SavedGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         saved = ctx.saved_tensors
-        if (
-            grad_output.device.type != "cpu" or grad_output != 1
-        ):  # on CPU nearly always 1: 4 MB that need not be multiplied; CUDA would wait
+        # On CPU it is nearly always 1, and 4 MB need not be multiplied; CUDA would have to wait for the answer.
+        if grad_output.device.type != "cpu" or grad_output != 1:
             saved = [None if grad is None else grad * grad_output for grad in saved]
         scaled = [None if grad is None else grad.to(dtype) for grad, dtype in zip(saved, ctx.dtypes)]
         return *scaled, *[None] * ctx.num_others

@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-import inline_blas
 import kernels
+import machine_code
 from kernels import mix
 
 POSITION, ACTION, GAP, PERIOD = range(4)  # kinds of a field
 AHEAD = 16  # rows of items that are on their way to the core's cache
 _TILE = 64  # tokens: 16 KB at width 64
 
-prefetch = sum_rows = None  # inline_blas's, when the loops are compiled
+prefetch = sum_rows = None  # machine_code's, when the loops are compiled
 
 
 class TokenKernels(NamedTuple):
@@ -179,8 +179,8 @@ _SIGNATURES = {
 def _load() -> TokenKernels | None:
     global prefetch, sum_rows
     numba = kernels.usable_numba()
-    if numba is None or not inline_blas.prepare():
+    if numba is None or not machine_code.prepare():
         return None
-    prefetch, sum_rows = inline_blas.prefetch, inline_blas.sum_rows
+    prefetch, sum_rows = machine_code.prefetch, machine_code.sum_rows
     numba.extending.register_jitable(_masked)
     return TokenKernels(*(kernels.compile_loop(numba, function, text, fast=True) for function, text in _SIGNATURES.items()))

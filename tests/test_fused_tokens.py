@@ -7,7 +7,7 @@ from test_model import make
 from tiny import tiny_store
 
 import fused_tokens
-import inline_blas
+import machine_code
 import parallel
 from dataset import BatchBuilder, predict_split
 from time_features import SIZES, bucket
@@ -24,7 +24,7 @@ SETTINGS = {
     "hstu": {"backbone": "hstu", "position": "relative"},
 }
 
-pytestmark = pytest.mark.skipif(not inline_blas.prepare(), reason="no numba")
+pytestmark = pytest.mark.skipif(not machine_code.prepare(), reason="no numba")
 
 
 @pytest.fixture(autouse=True)
