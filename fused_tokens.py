@@ -3,6 +3,9 @@
 The vectors of items and users, of actions, positions and times are gathered and summed, normalised and thinned by dropout, with the masks
 that layers.Dropout would draw. What the loops cannot do is left to torch: see `takes`.
 
+Measured, one thread of a Zen 5 beside two other processes, torch's operations and this in turn, median difference of a training step's
+processor time: .9 ms of the baseline's 36, 5.0 of the default settings' 380 (12,800 tokens).
+
 Legend: N packed tokens, D width, M unique items, B users, F fields of small tables, R rows of all these tables and one of zeros.
 """
 
