@@ -21,7 +21,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
 import kernels
+import block_kernels
 import step_kernels
+import token_kernels
+import tower_kernels
 from config import Config, with_values
 from dataset import BatchBuilder, Split, Splits
 from evaluate import ITEM_CHUNK, Ranker, move
@@ -166,7 +169,8 @@ def estimate_run(config: Config, open_data: Callable[[], Data], device: torch.de
     config = with_values(config, compile=False)  # shadows cannot be compiled
     load_runtime(config.system.tensorboard, AUTOCAST.get(config.training.precision), device)
     kernels.compiled(wait=True)  # numba and its code are part of a run too
-    step_kernels.compiled()
+    for loops in (step_kernels, block_kernels, tower_kernels, token_kernels):
+        loops.compiled()
     runtime = anonymous_bytes()
     shadows = Footprint()
     data = open_data()
