@@ -65,7 +65,13 @@ class ModelConfig(_Group):
     hash_rows: tuple[()] | tuple[int, ...] = setting((), "Rows of the hash tables that stand for each of hashed_features; several are"
                                                      " summed, none = a row a value.", unit="rows", minimum=2)  # fmt: skip
     hashed_features: tuple[str, ...] = setting(("item_id",), "What is hashed where hash_rows is given: item_id, user_id, ids of features.")
-    dropout_rate: float = setting(0.2, "Dropout on embeddings, residual branches and feed-forward.", unit="probability", minimum=0, below=1)
+    dropout_rate: float = setting(
+        0.0,
+        "Dropout on embeddings, residual branches and feed-forward: for small data that are passed over many times.",
+        unit="probability",
+        minimum=0,
+        below=1,
+    )
     attention_dropout: float = setting(0.0, "Dropout on attention weights; above 0 it leaves the fast flash kernel on CPU.",
                                        unit="probability", minimum=0, below=1)  # fmt: skip
     norm: str = setting("layernorm", "Normalisation in and after the blocks.", choices=("layernorm", "rmsnorm"))

@@ -147,7 +147,7 @@ CASES = {
     "feature_width": Case("auto", table_widths, ([32], [8, 16]), {"embedding_dim": 32}),
     "hash_rows": Case([20, 13], item_id_rows, (ITEMS, 33)),
     "hashed_features": Case(["121"], item_id_rows, (20, ITEMS), {"hash_rows": [20]}),
-    "dropout_rate": Case(0.0, losses),
+    "dropout_rate": Case(0.3, losses),
     "attention_dropout": Case(0.5, losses),
     "norm_first": Case(False, losses),
     "activation": Case("relu", losses),
