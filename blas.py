@@ -58,6 +58,11 @@ def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = False) ->
     return out
 
 
+def plain_rows(matrix: Tensor) -> Tensor:
+    """The matrix as `mm` wants its second one, for who takes it there many times: a transposed one is copied where our loop takes it."""
+    return matrix.contiguous() if _usable(matrix) else matrix
+
+
 def _usable(*tensors: Tensor) -> bool:
     """Whether our loop takes these: matrices of float32 with memory of their own (no shadows of footprint.py), where it gains."""
     return (
@@ -110,10 +115,14 @@ class _Linear(torch.autograd.Function):
 
 
 def library() -> str:
-    """Whose products a step of few threads takes: torch's, but for blocks of compiled loops where there is numba, or all our own."""
+    """Whose products a step of few threads takes: torch's, but for blocks of compiled loops where there is numba, or all our own.
+
+    With numba's version: another one may order the sums of compiled loops otherwise.
+    """
     if not machine_code.available():
         return "torch"
-    return "torch, own in blocks" if _multiply() is None else "own"
+    compiler = f"numba {kernels.usable_numba().__version__}"
+    return f"torch, own in blocks, {compiler}" if _multiply() is None else f"own, {compiler}"
 
 
 def _multiply() -> Callable | None:

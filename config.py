@@ -202,8 +202,8 @@ class LossConfig(_Group):
     popularity_negatives: int = setting(0, "Negatives drawn by popularity besides, shared by the batch (sampled_softmax).", unit="items",
                                         minimum=0)  # fmt: skip
     popularity_power: float = setting(0.75, "popularity_negatives: an item's training events to this power.", above=0)
-    memory_bank: int = setting(0, "Item vectors of past batches' targets that serve as negatives too, without gradients (sampled_softmax).",
-                               unit="items", minimum=0)  # fmt: skip
+    memory_bank: int = setting(0, "Item vectors of past batches' targets that serve as negatives of the queries too, beside others"
+                               " (sampled_softmax).", unit="items", minimum=0)  # fmt: skip
     mask_seen_negatives: bool = setting(False, "Items of a user's own window are no negatives of that user (softmax losses).")
     hard_negatives: int = setting(0, "Only so many of a token's negatives count, the highest scoring ones (softmax losses); 0 = all.",
                                   unit="items", minimum=0)  # fmt: skip
@@ -221,7 +221,7 @@ class LossConfig(_Group):
     def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.num_negatives == 0 and self.name == "bce":
             yield ("name", "num_negatives"), "expected at least 1 negative."
-        sources = ("num_negatives", "in_batch_negatives", "popularity_negatives", "memory_bank")
+        sources = ("num_negatives", "in_batch_negatives", "popularity_negatives")  # a memory bank alone would leave items without gradients
         if self.name == "sampled_softmax" and not any(getattr(self, source) for source in sources):
             yield sources, "expected negatives from one of them."
         if self.label_smoothing and (self.mask_seen_negatives or self.hard_negatives):

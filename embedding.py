@@ -87,7 +87,7 @@ def _rows_of(matrix: Tensor, rows: Tensor, training: bool) -> Tensor:
     if matrix.is_cuda:
         return matrix.index_select(0, rows)
     out = matrix.new_empty(len(rows), matrix.shape[1])
-    if fast := step_kernels.compiled() if training else None:
+    if fast := step_kernels.compiled() if training and matrix.dtype == torch.float32 else None:
         arrays = [t.detach().numpy() for t in (matrix, rows, out)]
         run([partial(fast.take_rows, *arrays, *piece) for piece in row_pieces(len(rows))])
     else:
@@ -199,7 +199,7 @@ class _ProjectAndSum(torch.autograd.Function):
 
 def _kernels(tensors: tuple[Tensor, ...]) -> step_kernels.StepKernels | None:
     """The compiled loops, where they can project these: float32, all of them."""
-    return step_kernels.compiled() if all(t.dtype == torch.float32 for t in tensors) and machine_code.available() else None
+    return step_kernels.compiled() if machine_code.available() and all(t.dtype == torch.float32 for t in tensors) else None
 
 
 def _back_in_tiles(bags: Bags, ranges: list[tuple], local: Sequence[Tensor], weights: Sequence[Tensor], grad: Tensor):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import block_kernels
-from layers import Dropout, FeedForward, hooked, loops_fit
+from layers import FeedForward, draw_mask, hooked, loops_fit
 from parallel import dropout_generator
 
 _KINDS = {"relu": block_kernels.RELU, "gelu": block_kernels.GELU, "swiglu": block_kernels.SWIGLU}
@@ -56,22 +56,10 @@ def run_block(block: nn.Module, x: Tensor, sequence) -> Tensor:
 
 
 def _masks(block: nn.Module) -> tuple:
-    """Arguments of the loops for a block's dropouts. One draw each of the generator, in the order in which the modules make theirs."""
-    inner = block.feed_forward.dropout
-    return np.array([_draw(block.dropout), _draw(inner), _draw(block.dropout)], np.uint64), *_cut(block.dropout), *_cut(inner)
-
-
-def _draw(dropout: Dropout) -> int:
-    if not _cut(dropout)[0]:
-        return 0
-    drawn = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=dropout_generator())
-    return drawn.item() & (2**64 - 1)
-
-
-def _cut(dropout: Dropout) -> tuple[np.uint64, np.float32]:
-    """Of 2^16 draws those that are left out, and the factor of the others."""
-    cut = dropout.cut if dropout.training else 0
-    return np.uint64(cut), np.float32(2**16 / (2**16 - cut))
+    """Arguments of the loops for a block's dropouts, drawn in the order in which the modules make theirs."""
+    outer, inner = (layer.cut if layer.training else 0 for layer in (block.dropout, block.feed_forward.dropout))
+    drawn = [draw_mask(cut, dropout_generator()) for cut in (outer, inner, outer)]
+    return np.array([state for state, *_ in drawn], np.uint64), *drawn[0][1:], *drawn[1][1:]
 
 
 class _Block(torch.autograd.Function):

@@ -29,7 +29,14 @@ def takes(config, dense: nn.ModuleDict, vectors: Tensor) -> bool:
     """Whether `finish` does what the settings, a config's model group, ask of vectors (M, D). dense: the projections' modules."""
     activation = config.item_activation
     known = activation == "none" or (activation == "relu" and config.candidate_activation)
-    return known and loops_fit(vectors) and vectors.is_contiguous() and not hooked(*dense.values()) and tower_kernels.compiled() is not None
+    return (
+        known
+        and loops_fit(vectors)
+        and vectors.is_contiguous()
+        and not vectors._is_view()
+        and not hooked(*dense.values())
+        and tower_kernels.compiled() is not None
+    )
 
 
 def finish(config, vectors: Tensor, bias: Tensor | None, dense: Sequence[Dense], weights: Sequence[Tensor], smallest: float):

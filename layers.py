@@ -1,7 +1,8 @@
 """Layers of sequence models on packed tokens: attention, feed-forward, norms, dropout.
 
 Dense parts run on valid tokens only (N, D); attention alone pads on the right, to the batch's longest row. No mask tensor
-is ever built: right padding and the causal flag suffice, so the flash kernels run. Must not open files or move tensors between devices.
+is ever built: right padding and the causal flag suffice, so the flash kernels run. In training on CPU fused_block.py takes a block's place,
+where it can. Must not open files or move tensors between devices.
 
 Legend: B users, T tokens of the longest user, N valid tokens of all users, D width, H heads.
 """

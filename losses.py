@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import step_kernels
-from blas import mm
+from blas import mm, plain_rows
 from parallel import Piece, halves, row_pieces, run
 
 CHUNK_ENTRIES = 1 << 19  # logits a chunk on CPU: 2 MB of float32
@@ -216,8 +216,8 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
     if more is not None:
         candidates = torch.cat((candidates, more.vectors.detach().to(dtype)))
         candidate_log_q = None if log_q is None else torch.cat((candidate_log_q, more.log_q.to(dtype)))
-    turned = candidates.T.contiguous()  # (D, C), once for all chunks
-    plain = not hard and hidden is None and not query.is_cuda and dtype == torch.float32 and type(query) is Tensor
+    turned = plain_rows(candidates.T)  # (D, C), once for all chunks
+    plain = more is None and not hard and hidden is None and not query.is_cuda and dtype == torch.float32 and type(query) is Tensor
     fast = step_kernels.compiled() if plain else None
     exponentials = partial(_exponentials, hard=hard) if fast is None else partial(_fast_exponentials, fast)
     spread = item_spread = _Spread(candidates, candidate_log_q, smoothing) if smoothing else None
@@ -250,7 +250,11 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
                 if own_place is None:
                     exp.scatter_(1, target[:, None], own[:, None])
             place = None if own_place is None else own_place[part]
-            top, total, own_exp = exponentials(exp, None if hidden is not None else candidate_log_q, own, place)
+            left_log_q = None if hidden is not None else candidate_log_q
+            if more is None:
+                top, total, own_exp = exponentials(exp, left_log_q, own, place)
+            else:
+                top, total, own_exp, of_items = _with_more(exp, num_with_grad, left_log_q, own, place, hard)
             loss += torch.dot(total.log() + (top - own), weight)
             own_is_extra = None if own_place is None else own_place[part] < 0
             own_share = None if spread is None else spread.of(scaled, own, own_is_extra)
@@ -260,24 +264,58 @@ def _softmax_forward(query, item_emb, terms: _Terms, chunk, with_grad):
                 continue
             # d loss / d logits = weight (exp / total - onehot); the factors of a row are applied on the D-wide side.
             factor, own_factor = _factors(weight, total, own_exp, own_share)
+            item_exp, item_factor, own_item_factor, item_share = exp, factor, own_factor, own_share
+            if more is not None:  # the items' gradients know nothing of them: see MoreCandidates
+                item_exp = exp[:, :num_with_grad]
+                item_share = None if spread is None else item_spread.of(scaled, own, own_is_extra)
+                item_factor, own_item_factor = _factors(weight, of_items.total, of_items.own_exp, item_share)
+            mm(item_exp.T, scaled * item_factor, out=grad_candidates, add=True)
+            if spread is not None:
+                grad_candidates.add_(((item_share.of_each * weight)[:, None] * scaled).sum(0))
+            grad_item.index_add_(0, target, scaled.mul_(own_item_factor))
+            if more is not None:
+                item_exp.mul_(of_items.among_all[:, None])
             grad = mm(exp, candidates).mul_(factor).add_(targets.mul_(own_factor))  # (n, D)
             if spread is not None:
                 grad.add_((own_share.of_each * weight)[:, None] * spread.sum)
             torch.div(grad, temperature, out=grad_query[part])
-            if more is not None:  # the items' gradients know nothing of them: see MoreCandidates
-                exp = exp[:, :num_with_grad]
-                own_share = None if spread is None else item_spread.of(scaled, own, own_is_extra)
-                factor, own_factor = _factors(weight, exp.sum(1) + own_exp, own_exp, own_share)
-            mm(exp.T, scaled * factor, out=grad_candidates, add=True)
-            if spread is not None:
-                grad_candidates.add_(((own_share.of_each * weight)[:, None] * scaled).sum(0))
-            grad_item.index_add_(0, target, scaled.mul_(own_factor))
         if grad_candidates is not grad_item:
             grad_item.add_(grad_candidates) if candidate_index is None else grad_item.index_add_(0, candidate_index, grad_candidates)
         return loss, grad_item
 
     losses, grads = zip(*run([partial(job, piece) for piece in pieces]))
     return sum(losses), grad_query, _total(grads)
+
+
+class _OfItems(NamedTuple):
+    """What `_with_more` finds of the candidates with a gradient alone, relative to their own largest logit: (n,) each."""
+
+    total: Tensor
+    own_exp: Tensor | float
+    among_all: Tensor  # the factor that makes their exponentials relative to the largest logit of all
+
+
+def _with_more(logits: Tensor, num: int, log_q: Tensor | None, own: Tensor, own_place: Tensor | None, hard: int):
+    """`_exponentials` where all but the first num candidates have no gradient: the same of all, and _OfItems.
+
+    Left in logits: exponentials relative to the first candidates' largest logit, and of the others relative to that of all. One for both
+    would leave nothing of the first ones where some of the others score much higher.
+    """
+    if log_q is not None:
+        logits.sub_(log_q)
+    if hard:
+        _hide(logits, own_place)
+        _keep_highest(logits, hard)
+    first, others = logits[:, :num], logits[:, num:]
+    top, total, own_exp = _exponentials(first, None, own, own_place, 0)
+    highest = torch.maximum(top, others.amax(1))
+    among_all = (top - highest).exp_()
+    return (
+        highest,
+        total * among_all + others.sub_(highest[:, None]).exp_().sum(1),
+        own_exp * among_all,
+        _OfItems(total, own_exp, among_all),
+    )
 
 
 def _exponentials(logits: Tensor, log_q: Tensor | None, own: Tensor, own_place: Tensor | None, hard: int):
@@ -293,7 +331,7 @@ def _exponentials(logits: Tensor, log_q: Tensor | None, own: Tensor, own_place: 
     else:
         _hide(logits, own_place)
         if hard:
-            logits.masked_fill_(logits < logits.topk(hard, sorted=False).values.amin(1, keepdim=True), -torch.inf)
+            _keep_highest(logits, hard)
         top = torch.maximum(logits.amax(1), own) if logits.shape[1] else own  # a memory bank alone starts empty
         own_exp = (own - top).exp_()
     return top, logits.sub_(top[:, None]).exp_().sum(1) + own_exp, own_exp
@@ -359,6 +397,11 @@ def _hide_items(logits: Tensor, hidden: Hidden, part: slice) -> None:
     rows = torch.repeat_interleave(counts)
     columns = torch.arange(len(rows), device=rows.device) + (begin - ends + counts).index_select(0, rows)
     logits[rows, hidden.items.index_select(0, columns)] = -torch.inf
+
+
+def _keep_highest(logits: Tensor, num: int) -> None:
+    """Put -inf at all but the num highest of each row, and ties with the last of them."""
+    logits.masked_fill_(logits < logits.topk(num, sorted=False).values.amin(1, keepdim=True), -torch.inf)
 
 
 def _total(grads: tuple[Tensor | None, ...]) -> Tensor | None:

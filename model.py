@@ -175,7 +175,8 @@ class Recommender(nn.Module):
             return self._finish_items(vectors, dense, no_id)
 
         parameters = [*self.dense.parameters(), *(p for p in (self.item_bias, self.unknown_id) if p is not None)]
-        return ItemVectors(*in_pieces(body, pieces, (vectors,), parameters))
+        unused = [torch.Generator()] * len(pieces)  # nothing is drawn: which way items go leaves the tokens' masks as they are
+        return ItemVectors(*in_pieces(body, pieces, (vectors,), parameters, generators=unused))
 
     def _finish_items(self, vectors: Tensor, all_dense: tuple[Dense, ...], no_id: Tensor | None) -> tuple[Tensor, Tensor]:
         """From the sum over features (M, D) to what ItemVectors holds."""

@@ -6,8 +6,8 @@ for bit, these are waited for: a run must not change its arithmetic on the way.
 
 Measured, one core of a Zen 3 beside other work, torch's operations against these: update of some 69,600 rows of width 32 10.5 ms, 5.3; a
 dropout of 102,400 entries .31 ms, .08 (experiments/2026-11-25-pieces.md). One core of a Zen 5 beside other work, processor time within
-steps of the baseline's setting (24,677 items, 69,594 rows of width 32, 12,070 tokens; products by OpenBLAS), before and with TILE, AHEAD
-and sums in registers: look-up 1.5 ms, 1.0; projection and sums 3.6, 1.8; backward 5.9, 2.7; update 1.8, 1.6; BCE, one loop
+steps of the baseline's setting (24,677 items, 69,594 rows of width 32, 12,070 tokens; products then by OpenBLAS), before and with TILE,
+AHEAD and sums in registers: look-up 1.5 ms, 1.0; projection and sums 3.6, 1.8; backward 5.9, 2.7; update 1.8, 1.6; BCE, one loop
 with a call of exp and log1p a logit before, 3.5, 1.6. Rejected:
 look-up and projection in one loop (as fast as two); tiles of 128 and 512 rows (a tenth slower); no copies of the rows, looked up again
 backward (the projection .1 ms faster, the backward pass .4 slower); huge pages for the table (no faster).

@@ -53,13 +53,14 @@ def _table_rows(positions, actions, times, fields, begin, end, rows):
             elif kind == ACTION:
                 row = actions[n]
             elif positions[n] == 0:
-                row = -first
+                rows[n, f] = 0
+                continue
             elif kind == PERIOD:
                 row = times[n] // unit % size
             else:  # log2 of a float64, its exponent: exact below 2 ** 53, and the last row is for all from 2 ** (size - 1) on
                 gap = min(max(times[n] - times[n - 1], 0), 1 << 52) if positions[n] > 1 else 0
                 row = min((np.float64(gap + 1).view(np.int64) >> 52) - 1023, size - 1)
-            fits &= -first <= row < size
+            fits &= 0 <= row < size
             rows[n, f] = first + row
     return fits
 

@@ -176,7 +176,7 @@ def test_all_mistakes_of_a_tree_at_once() -> None:
      "model.item_tower is 'sum' and model.feature_width is 'auto'; expected feature_width same where vectors are summed."),
     (LossConfig, {"name": "bce", "num_negatives": 0}, "loss.name is 'bce' and loss.num_negatives is 0; expected at least 1 negative."),
     (LossConfig, {"num_negatives": 0, "in_batch_negatives": False},
-     ("loss.num_negatives is 0 and loss.in_batch_negatives is false and loss.popularity_negatives is 0 and loss.memory_bank is 0; "
+     ("loss.num_negatives is 0 and loss.in_batch_negatives is false and loss.popularity_negatives is 0; "
       "expected negatives from one of them.")),
 ])  # fmt: skip
 def test_conflicts(cls: type, values: dict, message: str) -> None:
@@ -191,7 +191,6 @@ def test_what_does_go_together() -> None:
     LossConfig(name="full_softmax", num_negatives=0)
     LossConfig(num_negatives=0, in_batch_negatives=True)
     LossConfig(num_negatives=0, in_batch_negatives=False, popularity_negatives=1)
-    LossConfig(num_negatives=0, in_batch_negatives=False, memory_bank=1)
 
 
 # ---- dictionaries ----

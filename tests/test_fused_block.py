@@ -41,7 +41,7 @@ def packed(lengths=LENGTHS) -> Packing:
 
 def make_block(**settings) -> TransformerBlock:
     torch.manual_seed(0)
-    block = TransformerBlock(replace(Config().model, position="none", **settings))
+    block = TransformerBlock(replace(Config().model, **{"position": "none", "dropout_rate": 0.2} | settings))
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return block.train()

@@ -63,7 +63,7 @@ def query_and_gradients(model, batch, columns) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_equals_torch(store, monkeypatch, settings, training) -> None:
-    store, model, columns = make(store, **({"num_heads": 1, "num_blocks": 1} | settings))
+    store, model, columns = make(store, **({"num_heads": 1, "num_blocks": 1, "dropout_rate": 0.2} | settings))
     model.train(training)
     with torch.no_grad():
         for parameter in model._sequence_parameters(False):
@@ -130,7 +130,7 @@ def test_left_to_torch_where_the_loops_cannot(store) -> None:
     history, users = torch.randn(5, 16), torch.randn(2, 16)
 
     def takes(training=True, history=history, **settings):
-        return fused_tokens.takes(parts_of(make(store, **settings)[1].train(training)), history, users)
+        return fused_tokens.takes(parts_of(make(store, **{"dropout_rate": 0.2} | settings)[1].train(training)), history, users)
 
     assert takes() and takes(time_fields=["day"])
     assert not takes(time_fields=["gap", "fourier"])

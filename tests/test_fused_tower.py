@@ -106,3 +106,17 @@ def test_left_to_torch_where_the_loops_cannot(store) -> None:
     assert not fused_tower.takes(model.config, model.dense, vectors.T)
     model.dense["81"].register_forward_hook(lambda *_: None)
     assert not fused_tower.takes(model.config, model.dense, vectors)
+
+
+def test_masks_do_not_depend_on_which_way_items_go(store, monkeypatch) -> None:
+    """A step that is repeated with hooks, to find what went wrong in it, has the masks that it had."""
+    store, model, columns = make(store, dropout_rate=0.3)
+    model.train()
+    ids, users = np.arange(store.num_items + 1), np.array([1, 2])
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        model.encode_items(columns.gather(ids, users, transposed=True).items)
+        drawn.append(torch.rand(1))
+        monkeypatch.setattr(fused_tower, "takes", lambda *_: False)
+    assert torch.equal(*drawn)

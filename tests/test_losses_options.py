@@ -98,6 +98,20 @@ def test_more_candidates(sampled, options):
     torch.testing.assert_close(of_items, value_and_gradients(without, query, item_emb)[2], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("hard", [0, 40])
+def test_more_candidates_that_score_far_higher_leave_the_items_their_gradient(hard):
+    """By hundreds: exponentials relative to the highest of all would all be 0."""
+    query, item_emb, target, _, log_q, _ = inputs()
+    query, item_emb = (t.detach().float().requires_grad_() for t in (query, item_emb))
+    more = MoreCandidates(300 * query.detach()[:9], torch.zeros(9))
+    options = {"temperature": 0.5, "log_q": log_q, "hard_negatives": hard}
+    loss = softmax_loss(query, item_emb, target, more=more, **options)
+    grads = torch.autograd.grad(loss, [query, item_emb])
+    assert loss.isfinite() and loss > 100 and grads[0].isfinite().all()
+    (without,) = torch.autograd.grad(softmax_loss(query, item_emb, target, temperature=0.5, log_q=log_q), item_emb)
+    torch.testing.assert_close(grads[1], without, rtol=1e-4, atol=1e-6)
+
+
 def test_more_candidates_do_not_make_the_items_drift():
     """What a token pushes away of item_emb is as much as what it pulls, however many candidates have no gradient."""
     query, item_emb, target, *_ = inputs()

@@ -90,7 +90,7 @@ def test_bank_draws_some_of_too_many_and_knows_its_age():
     {"num_negatives": 2, "max_in_batch": 4, "memory_bank": 12},
     {"num_negatives": 2, "max_in_batch": 4, "memory_bank": 60},
     {"num_negatives": 2, "max_in_batch": 4, "memory_bank": 60, "logq_source": "streaming", "logq_rate": 0.01},
-    {"num_negatives": 0, "in_batch_negatives": False, "memory_bank": 40},
+    {"num_negatives": 1, "in_batch_negatives": False, "memory_bank": 40},
 ], ids=str)  # fmt: skip
 def test_log_q_is_how_often_an_item_is_a_candidate(settings):
     store = tiny_store(num_users=60, num_items=60, max_events=12)
@@ -183,7 +183,6 @@ def test_seen_by_user_against_a_loop():
     {"memory_bank": 40}, {"logq_source": "streaming"}, {"memory_bank": 25, "logq_source": "streaming", "popularity_negatives": 5},
     {"learn_temperature": True, "mask_seen_negatives": True, "hard_negatives": 4},
     {"num_negatives": 0, "in_batch_negatives": False, "popularity_negatives": 20},
-    {"num_negatives": 0, "in_batch_negatives": False, "memory_bank": 25},  # the first batch has no negatives at all
 ], ids=str)  # fmt: skip
 def test_a_resumed_run_is_exact_and_learns(tmp_path, settings):
     whole = make_trainer(tmp_path / "whole", **settings)
