@@ -1,9 +1,11 @@
-"""Puts the repository's root on the path, and names the folder of real public data for tests that use it."""
+"""Puts the repository's root on the path; fixtures of several files: the folder of real public data, one thread."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,3 +26,12 @@ def out(tmp_path: Path) -> Path:
     """A path that is free, in a folder of its own."""
     (tmp_path / "result").mkdir()
     return tmp_path / "result" / "out"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's operations have one thread each, as in a step on few cores: compiled loops take their place there alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -18,17 +18,14 @@ from parallel import cores, in_pieces, row_pieces
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> list:
+def own(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> list:
     """Our product wherever numba is, in a process of one thread; counts the calls."""
     monkeypatch.setattr(blas, "_torch_lacks_avx512", lambda: True)
     found, calls = blas._multiply(), []
     if found is None:
         pytest.skip("no numba")
     monkeypatch.setattr(blas, "_multiply", lambda: lambda *arguments: (calls.append(1), found(*arguments)))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield calls
-    torch.set_num_threads(before)
+    return calls
 
 
 SIZES = [(5, 7, 3), (1, 7, 3), (5, 1, 3), (5, 7, 1), (1, 1, 1), (1, 6, 1), (300, 33, 65), (47, 20, 1001)]  # the last is wide

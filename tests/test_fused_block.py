@@ -21,15 +21,7 @@ from layers import Packing, Queries, rotary
 LENGTHS = (5, 17, 1, 33, 70, 32)
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(not machine_code.available(), reason="no numba")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.skipif(not machine_code.available(), reason="no numba"), pytest.mark.usefixtures("one_thread")]
 
 
 def packed(lengths=LENGTHS) -> Packing:

@@ -24,15 +24,7 @@ SETTINGS = {
     "hstu": {"backbone": "hstu", "position": "relative"},
 }
 
-pytestmark = pytest.mark.skipif(not machine_code.prepare(), reason="no numba")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.skipif(not machine_code.prepare(), reason="no numba"), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

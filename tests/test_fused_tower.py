@@ -19,15 +19,7 @@ SETTINGS = {
     "zero ids": {"id_init": "zero"},
 }
 
-pytestmark = pytest.mark.skipif(not machine_code.available(), reason="no numba")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.skipif(not machine_code.available(), reason="no numba"), pytest.mark.usefixtures("one_thread")]
 
 
 def vectors_and_gradients(model, columns, ids, users, of_history=1.0) -> dict[str, torch.Tensor]:
