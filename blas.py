@@ -4,11 +4,11 @@ torch's MKL takes AVX2 kernels on processors that are not Intel's, whatever thes
 machine_code.product: the same up to rounding, each by one core, where torch's operations have one: in steps of up to 7 threads
 (parallel.cores).
 
-Measured, one core of a Zen 5, torch's product and this one, GFLOP/s, of some 4,000 rows: 32 columns 87 and
-183, 128 100 and 237; the gradient of a weight of 256 x 64 86 and 164; of a softmax's 128 tokens and 3,072 candidates of width 64 100 and
-155 (logits), 97 and 220, 74 and 193 (gradients). Rejected: numpy's OpenBLAS by ctypes
-(121 to 219), whose kernels are those that OPENBLAS_CORETYPE names; oneDNN through torch.ops.mkldnn (171 to 243), which compiles a kernel
-for every number of rows it has not met: .3 ms each time, and every step of training has other numbers.
+Measured, one core of a Zen 5, torch's product and this one, GFLOP/s, of some 4,000 rows: 32 columns 87 and 183, 128 100 and 237; the
+gradient of a weight of 256 x 64 86 and 164; of a softmax's 128 tokens and 3,072 candidates of width 64 100 and 155 (logits), 97 and 220,
+74 and 193 (gradients). Rejected: numpy's OpenBLAS by ctypes (121 to 219), whose kernels are those that OPENBLAS_CORETYPE names; oneDNN
+through torch.ops.mkldnn (171 to 243), which compiles a kernel for every number of rows it has not met: .3 ms each time, and every step of
+training has other numbers.
 
 Legend: N rows, I inputs, O outputs.
 """
@@ -27,12 +27,10 @@ from torch.autograd.function import once_differentiable
 
 import kernels
 import machine_code
-from machine_code import product
+from machine_code import address, product
 
 ENABLED = True  # False: torch's products everywhere, for tests
-_PANEL = (
-    32  # columns of the right matrix that are copied side by side: apart, as in a wide matrix, they would crowd each other out of cache
-)
+_PANEL = 32  # columns of the right matrix that are copied side by side: apart, as in a wide one, they crowd each other out of cache
 _WIDE = 512  # columns from which they are
 
 
@@ -147,8 +145,8 @@ def _product(a, a_row, a_column, b, b_row, rows, columns, inner, add, out, out_r
     panel = np.empty((inner, _PANEL), np.float32)
     for begin in range(0, columns, _PANEL):
         num = min(_PANEL, columns - begin)
-        machine_code.copy_rows(machine_code.address(panel), _PANEL, b + 4 * begin, b_row, inner, num)
-        product(a, a_row, a_column, machine_code.address(panel), _PANEL, rows, num, inner, add, out + 4 * begin, out_row)
+        machine_code.copy_rows(address(panel), _PANEL, b + 4 * begin, b_row, inner, num)
+        product(a, a_row, a_column, address(panel), _PANEL, rows, num, inner, add, out + 4 * begin, out_row)
 
 
 @kernels.made_once

@@ -15,13 +15,11 @@ import numpy as np
 import kernels
 import machine_code
 from kernels import mix
-from machine_code import exp_of_minus, product
+from machine_code import address, exp_of_minus, product
 
 RELU, GELU, SWIGLU = 0, 1, 2
 TILE_ENTRIES = 1 << 14  # of n x W: 64 KiB, of which a tile has several
 ROWS = 32  # queries whose scores are made at once
-
-address = None  # machine_code.address, when the loops are compiled
 
 
 class BlockKernels(NamedTuple):
@@ -92,7 +90,7 @@ def _normalise_back(grad, num, rms, normed, scale, gain, grad_gain, grad_shift, 
 
 
 def _drop(tile, num, first, state, cut, scale):
-    """In place, what step_kernels._dropout does with rows first to first + n of an (N, W) array; first: a multiple of 4."""
+    """What machine_code.masked does with rows first to first + n of an (N, W) array, in place; first: a multiple of 4."""
     if cut == 0:
         return
     flat, size, start, none = tile.reshape(-1), num * tile.shape[1], first * tile.shape[1] // 4, np.float32(0.0)
@@ -464,11 +462,4 @@ _PARTS = (
 
 @kernels.made_once
 def _load() -> BlockKernels | None:
-    global address
-    numba = kernels.usable_numba()
-    if numba is None or not machine_code.prepare():
-        return None
-    address = machine_code.address
-    for part in _PARTS:
-        numba.extending.register_jitable(fastmath=set(kernels.FAST))(part)
-    return BlockKernels(*(kernels.compile_loop(numba, function, text, fast=True) for function, text in _SIGNATURES.items()))
+    return machine_code.load(BlockKernels, _SIGNATURES, _PARTS)

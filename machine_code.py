@@ -12,22 +12,29 @@ With 8 lanes: 80 to 110. Rejected: OpenBLAS called from the loops, by its addres
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 
 import kernels
-from kernels import made_once
+from kernels import made_once, mix
 
 _CACHE_LINE = 64
 _BLOCKS = (16, 2), (8, 1), (1, 1)  # (lanes of a vector, vectors) of the columns that are summed at a time: the first, then what is left
 _LANES = _TALL = 0  # of a product: entries of a vector; rows of a block, but for the last rows. `prepare` sets them
 
-address = copy = prefetch = sum_rows = sum_weighted_rows = None  # set by `prepare`: what compiled loops call
-_tall_wide = _tall = _four_wide = _four = _two_wide = _two = _one_wide = _one = None  # and product's blocks
+_address = copy = prefetch = sum_rows = sum_weighted_rows = None  # set by `prepare`: what compiled loops call
+_tall = _four = _two = _one = None  # and product's blocks of rows
 
 
 def available() -> bool:
     """Whether there is a numba that compiles."""
     return kernels.ENABLED and prepare()
+
+
+def address(array):
+    """Of the array's first entry."""
+    return _address(array)
 
 
 def product(a, a_row, a_column, b, b_row, rows, columns, inner, add, out, out_row):
@@ -38,33 +45,29 @@ def product(a, a_row, a_column, b, b_row, rows, columns, inner, add, out, out_ro
     """
     j = 0
     while j < columns:
-        left = columns - j
-        wide = left >= 2 * _LANES
-        i, to, of_b = 0, out + 4 * j, b + 4 * j
+        left, i, of_b, to = columns - j, 0, b + 4 * j, out + 4 * j
         while i + _TALL <= rows:
-            if wide:
-                _tall_wide(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
-            else:
-                _tall(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
+            _tall(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
             i += _TALL
         if i + 4 <= rows:
-            if wide:
-                _four_wide(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
-            else:
-                _four(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
+            _four(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
             i += 4
         if i + 2 <= rows:
-            if wide:
-                _two_wide(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
-            else:
-                _two(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
+            _two(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
             i += 2
         if i < rows:
-            if wide:
-                _one_wide(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
-            else:
-                _one(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
-        j += 2 * _LANES if wide else _LANES
+            _one(a + 4 * i * a_row, a_row, a_column, of_b, b_row, inner, add, to + 4 * i * out_row, out_row, left)
+        j += 2 * _LANES if left >= 2 * _LANES else _LANES
+
+
+def load(kind: type, signatures: dict[Callable, str], parts: Iterable[Callable] = ()):
+    """A module's compiled loops, `kind` (one for each of signatures, in their order); None without numba. parts: what its loops call."""
+    if not prepare():
+        return None
+    numba = kernels.usable_numba()
+    for part in parts:
+        numba.extending.register_jitable(fastmath=set(kernels.FAST))(part)
+    return kind(*(kernels.compile_loop(numba, function, text, fast=True) for function, text in signatures.items()))
 
 
 def copy_rows(out, out_row, source, row, num, columns):
@@ -88,19 +91,39 @@ def exp_of_minus(x):
     return power * np.int32((np.int32(127) - whole) << np.int32(23)).view(np.float32)
 
 
+def masked(source, to, num, start, state, cut, scale):
+    """Dropout of num entries, the first of which is the 4 * start'th of its array: to = source times scale where 16 bits of hash(state,
+    place) are at least cut, else 0. cut 0: a copy. Not in place, where the loop would not run in vectors."""
+    if cut == 0:
+        for place in range(num):
+            to[place] = source[place]
+        return
+    mask, _16, _32, _48, none = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48), np.float32(0.0)
+    whole = num // 4
+    for block in range(whole):
+        bits, place = mix(state, np.uint64(start + block)), 4 * block
+        to[place] = source[place] * (scale if bits & mask >= cut else none)
+        to[place + 1] = source[place + 1] * (scale if bits >> _16 & mask >= cut else none)
+        to[place + 2] = source[place + 2] * (scale if bits >> _32 & mask >= cut else none)
+        to[place + 3] = source[place + 3] * (scale if bits >> _48 >= cut else none)
+    bits = mix(state, np.uint64(start + whole))
+    for place in range(4 * whole, num):
+        to[place] = source[place] * (scale if bits & mask >= cut else none)
+        bits >>= _16
+
+
 @made_once
 def prepare() -> bool:
     """Define what compiled loops call, before they are compiled; False without numba.
 
-    address(array): the address of its first entry.
     copy(out, source, size): so many bytes, between addresses.
     prefetch(array, row): the first 128 bytes of array[row] begin to move to the core's cache.
     sum_rows(out, row, matrix, index, begin, end): out[row] = the sum of the rows index[begin:end] (int32) of matrix, float32. numba's own
     loop over columns looks at each row anew whether it overlaps the sum: 1.35 ms instead of .79 for 335,000 rows of 32 columns.
     sum_weighted_rows(out, row, matrix, index, begin, end, shares): each row times shares[begin:end], float32.
     """
-    global address, copy, prefetch, sum_rows, sum_weighted_rows, _LANES, _TALL
-    global _tall_wide, _tall, _four_wide, _four, _two_wide, _two, _one_wide, _one
+    global _address, copy, prefetch, sum_rows, sum_weighted_rows, _LANES, _TALL
+    global _tall, _four, _two, _one
     numba = kernels.usable_numba()
     if numba is None:
         return False
@@ -144,9 +167,8 @@ def prepare() -> bool:
     def move(_, out, source, size):
         def build(context, builder, signature, values):
             bytes_at = ir.IntType(8).as_pointer()
-            kind = ir.FunctionType(ir.VoidType(), [bytes_at, bytes_at, ir.IntType(64), ir.IntType(1)])
-            name = "llvm.memcpy.p0.p0.i64"
-            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            arguments = [bytes_at, bytes_at, ir.IntType(64), ir.IntType(1)]
+            function = _external(builder.module, "llvm.memcpy.p0.p0.i64", ir.VoidType(), arguments)
             to, of = (builder.inttoptr(value, bytes_at) for value in values[:2])
             builder.call(function, [to, of, values[2], ir.Constant(ir.IntType(1), 0)])
             return context.get_dummy_value()
@@ -154,24 +176,28 @@ def prepare() -> bool:
         number = numba.types.int64
         return numba.types.void(number, number, number), build
 
-    def block(rows: int, vectors: int):
+    def block(rows: int):
         @numba.extending.intrinsic
         def of_product(_, a, a_row, a_column, b, b_row, inner, add, out, out_row, left):
             size = numba.types.int64
             signature = numba.types.void(size, size, size, size, size, size, numba.types.boolean, size, size, size)
 
             def build(context, builder, signature, values):
-                builder.call(_product_block(builder.module, rows, vectors), values)
+                two, one = (_product_block(builder.module, rows, vectors) for vectors in (2, 1))
+                with builder.if_else(builder.icmp_signed(">=", values[-1], ir.Constant(ir.IntType(64), 2 * _LANES))) as (wide, narrow):
+                    with wide:
+                        builder.call(two, values)
+                    with narrow:
+                        builder.call(one, values)
                 return context.get_dummy_value()
 
             return signature, build
 
         return of_product
 
-    address, copy, prefetch, sum_rows, sum_weighted_rows = first, move, fetch, sums, weighted_sums
-    _tall_wide, _four_wide, _two_wide, _one_wide = (block(rows, 2) for rows in (_TALL, 4, 2, 1))
-    _tall, _four, _two, _one = (block(rows, 1) for rows in (_TALL, 4, 2, 1))
-    for function in (product, copy_rows):
+    _address, copy, prefetch, sum_rows, sum_weighted_rows = first, move, fetch, sums, weighted_sums
+    _tall, _four, _two, _one = map(block, (_TALL, 4, 2, 1))
+    for function in (address, product, copy_rows, masked):
         numba.extending.register_jitable(function)
     numba.extending.register_jitable(fastmath=set(kernels.FAST))(exp_of_minus)
     return True
@@ -206,18 +232,14 @@ def _product_block(module, rows: int, vectors: int):
     zero, alignment = ir.Constant(vector, [0.0] * _LANES), ir.Constant(ir.IntType(32), 4)
     few = None
     if vectors == 1:
-        lanes = ir.Constant(ir.VectorType(size, _LANES), list(range(_LANES)))
-        few = builder.icmp_signed("<", lanes, _repeated(builder, left, size))
-
-    def external(name: str, result, arguments: list):
-        kind = ir.FunctionType(result, arguments)
-        return module.globals.get(name) or ir.Function(module, kind, name)
+        lanes = ir.VectorType(size, _LANES)
+        few = builder.icmp_signed("<", ir.Constant(lanes, list(range(_LANES))), _repeated(builder, left, lanes))
 
     suffix, mask, place = f"v{_LANES}f32", ir.VectorType(flag, _LANES), vector.as_pointer()
     # Fused where the processor has it; llvm.fma would call a library, entry by entry, where it has not.
-    fused = external(f"llvm.fmuladd.{suffix}", vector, [vector] * 3)
-    masked_load = external(f"llvm.masked.load.{suffix}.p0", vector, [place, alignment.type, mask, vector])
-    masked_store = external(f"llvm.masked.store.{suffix}.p0", ir.VoidType(), [vector, place, alignment.type, mask])
+    fused = _external(module, f"llvm.fmuladd.{suffix}", vector, [vector] * 3)
+    masked_load = _external(module, f"llvm.masked.load.{suffix}.p0", vector, [place, alignment.type, mask, vector])
+    masked_store = _external(module, f"llvm.masked.store.{suffix}.p0", ir.VoidType(), [vector, place, alignment.type, mask])
 
     def places(start):
         return [builder.bitcast(builder.gep(start, [ir.Constant(size, _LANES * n)]), place) for n in range(vectors)]
@@ -240,7 +262,7 @@ def _product_block(module, rows: int, vectors: int):
     sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
     terms, added = load(of_b), []
     for offset, row in zip(row_offsets, sums):
-        factor = _repeated(builder, builder.load(builder.gep(of_a, [offset]), align=4), number)
+        factor = _repeated(builder, builder.load(builder.gep(of_a, [offset]), align=4), vector)
         added.append([builder.call(fused, [factor, term, total]) for term, total in zip(terms, row)])
     following = builder.add(k, ir.Constant(size, 1)), builder.gep(of_a, [a_column]), builder.gep(of_b, [b_row])
     for phi, first, second in zip((k, of_a, of_b), (ir.Constant(size, 0), *starts[:2]), following):
@@ -263,12 +285,20 @@ def _product_block(module, rows: int, vectors: int):
     return function
 
 
-def _repeated(builder, value, kind):
-    """A vector of _LANES times the value."""
+def _repeated(builder, value, vector):
+    """The value in every lane of that type of vector."""
     from llvmlite import ir
 
-    first = builder.insert_element(ir.Constant(ir.VectorType(kind, _LANES), ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES))
+    place = ir.IntType(32)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(place, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(place, vector.count), [0] * vector.count))
+
+
+def _external(module, name: str, result, arguments: list):
+    """A function that LLVM brings."""
+    from llvmlite import ir
+
+    return module.globals.get(name) or ir.Function(module, ir.FunctionType(result, arguments), name)
 
 
 def _build_sum(context, builder, signature, values):
@@ -307,8 +337,7 @@ def _build_sum(context, builder, signature, values):
         row = builder.gep(matrix.data, [builder.mul(builder.sext(builder.load(builder.gep(index.data, [use])), size), width)])
         terms = [builder.load(place, align=4) for place in places(row, column)]
         if shares:
-            share = builder.insert_element(zero, builder.load(builder.gep(shares[0].data, [use])), ir.Constant(ir.IntType(32), 0))
-            share = builder.shuffle_vector(share, zero, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
+            share = _repeated(builder, builder.load(builder.gep(shares[0].data, [use])), vector)
             terms = [builder.fmul(term, share) for term in terms]
         added = [builder.fadd(total, term) for total, term in zip(sums, terms)]
         next_use = builder.add(use, ir.Constant(size, 1))

@@ -23,10 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-import machine_code
 import kernels
-from machine_code import exp_of_minus, product
-from kernels import mix
+import machine_code
+from machine_code import address, exp_of_minus, masked, product
 
 TILE = 256  # rows between two products: 32 KB at width 32, so that what one loop leaves is in the core's cache for the next
 AHEAD = 64  # rows of the table that are on their way from memory at a time
@@ -62,19 +61,7 @@ def compiled() -> StepKernels | None:
 
 def _dropout(x, out, state, cut, scale):
     """out = x times scale where 16 bits of hash(state, place) are at least cut, else 0; both (Z,)."""
-    mask = np.uint64(0xFFFF)
-    _16, _32, _48, none = np.uint64(16), np.uint64(32), np.uint64(48), np.float32(0.0)
-    num, whole = len(x), len(x) // 4
-    for block in range(whole):
-        bits, place = mix(state, np.uint64(block)), 4 * block
-        out[place] = x[place] * (scale if bits & mask >= cut else none)
-        out[place + 1] = x[place + 1] * (scale if bits >> _16 & mask >= cut else none)
-        out[place + 2] = x[place + 2] * (scale if bits >> _32 & mask >= cut else none)
-        out[place + 3] = x[place + 3] * (scale if bits >> _48 >= cut else none)
-    bits = mix(state, np.uint64(whole))
-    for place in range(4 * whole, num):
-        out[place] = x[place] * (scale if bits & mask >= cut else none)
-        bits >>= _16
+    masked(x, out, len(x), 0, state, cut, scale)
 
 
 def _bce(query, items, pos_index, neg_index, begin, end, pos_share, neg_share, with_grad, grad_query, factors):
@@ -258,8 +245,8 @@ def _project(rows, weights, field, first, out, begin, end):
     width, out_width = weight.shape
     for row in range(begin, end, TILE):
         num = min(TILE, end - row)
-        tile, to = machine_code.address(rows[row:]), machine_code.address(out[first + row :])
-        product(tile, width, 1, machine_code.address(weight), out_width, num, out_width, width, False, to, out_width)
+        tile, to = address(rows[row:]), address(out[first + row :])
+        product(tile, width, 1, address(weight), out_width, num, out_width, width, False, to, out_width)
 
 
 def _project_back(grad, things, starts, shares, rows, turned, field, first, grad_rows, grad_weight, begin, end):
@@ -280,19 +267,19 @@ def _project_back(grad, things, starts, shares, rows, turned, field, first, grad
                 machine_code.sum_weighted_rows(sums, i, grad, things, use, last, shares)
             else:
                 machine_code.sum_rows(sums, i, grad, things, use, last)
-        tile, to = machine_code.address(rows[start:]), machine_code.address(grad_rows[start:])
-        product(machine_code.address(sums), out_width, 1, machine_code.address(weight), width, num, width, out_width, False, to, width)
+        tile, to = address(rows[start:]), address(grad_rows[start:])
+        product(address(sums), out_width, 1, address(weight), width, num, width, out_width, False, to, width)
         product(
             tile,
             1,
             width,
-            machine_code.address(sums),
+            address(sums),
             out_width,
             width,
             out_width,
             num,
             start > begin,
-            machine_code.address(grad_weight),
+            address(grad_weight),
             out_width,
         )
 
@@ -345,7 +332,4 @@ _SIGNATURES = {
 
 @kernels.made_once
 def _load() -> StepKernels | None:
-    if not machine_code.prepare():
-        return None
-    numba = kernels.usable_numba()
-    return StepKernels(*(kernels.compile_loop(numba, function, text, fast=True) for function, text in _SIGNATURES.items()))
+    return machine_code.load(StepKernels, _SIGNATURES)

@@ -14,13 +14,11 @@ import numpy as np
 
 import kernels
 import machine_code
-from kernels import mix
+from machine_code import masked
 
 POSITION, ACTION, GAP, PERIOD = range(4)  # kinds of a field
 AHEAD = 16  # rows of items that are on their way to the core's cache
 _TILE = 64  # tokens: 16 KB at width 64
-
-prefetch = sum_rows = None  # machine_code's, when the loops are compiled
 
 
 class TokenKernels(NamedTuple):
@@ -65,21 +63,6 @@ def _table_rows(positions, actions, times, fields, begin, end, rows):
     return fits
 
 
-def _masked(source, to, num, start, state, cut, scale):
-    """step_kernels._dropout of num entries, the first of which is the 4 * start'th of its array; cut 0: a copy, else num % 4 is 0."""
-    if cut == 0:
-        for place in range(num):
-            to[place] = source[place]
-        return
-    mask, _16, _32, _48, none = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48), np.float32(0.0)
-    for block in range(num // 4):
-        bits, place = mix(state, np.uint64(start + block)), 4 * block
-        to[place] = source[place] * (scale if bits & mask >= cut else none)
-        to[place + 1] = source[place + 1] * (scale if bits >> _16 & mask >= cut else none)
-        to[place + 2] = source[place + 2] * (scale if bits >> _32 & mask >= cut else none)
-        to[place + 3] = source[place + 3] * (scale if bits >> _48 >= cut else none)
-
-
 def _embed(history, users, items, owner, positions, tables, rows, gain, shift, eps, state, cut, scale, begin, end, normed, scales, out):
     """Tokens begin:end of out (N, D): the item's or user's vector plus its rows of tables (R, D), normalised, with dropout.
 
@@ -92,8 +75,8 @@ def _embed(history, users, items, owner, positions, tables, rows, gain, shift, e
         num = min(_TILE, end - first)
         for i in range(num):
             n, to = first + i, tile[i]
-            prefetch(history, items[min(n + AHEAD, end - 1)])
-            sum_rows(tile, i, tables, flat, n * fields, (n + 1) * fields)
+            machine_code.prefetch(history, items[min(n + AHEAD, end - 1)])
+            machine_code.sum_rows(tile, i, tables, flat, n * fields, (n + 1) * fields)
             row = history[items[n]] if positions[n] else users[owner[n]]
             for d in range(width):
                 to[d] += row[d]
@@ -112,7 +95,7 @@ def _embed(history, users, items, owner, positions, tables, rows, gain, shift, e
                 for d in range(width):
                     to[d] = kept[d] * gain[d] + shift[d]
         # From the tile to another array, not in place: there the compiled loop runs in vectors, .1 ms of 12,800 x 32, not .3.
-        _masked(tile.reshape(-1), out[first:].reshape(-1), num * width, (first - begin) * width // 4, state, cut, scale)
+        masked(tile.reshape(-1), out[first:].reshape(-1), num * width, (first - begin) * width // 4, state, cut, scale)
 
 
 def _embed_back(grad, rows, gain, normed, scales, state, cut, scale, begin, end, to, of_tables, of_gain, of_shift):
@@ -125,7 +108,7 @@ def _embed_back(grad, rows, gain, normed, scales, state, cut, scale, begin, end,
     for first in range(begin, end, _TILE):
         last = min(first + _TILE, end)
         source, entries, start = grad[first:].reshape(-1), (last - first) * width, (first - begin) * width // 4
-        _masked(source, to[first:].reshape(-1), entries, start, state, cut, scale)
+        masked(source, to[first:].reshape(-1), entries, start, state, cut, scale)
         if len(gain):
             for n in range(first, last):
                 of_row, row, total, along = to[n], normed[n], none, none
@@ -164,7 +147,7 @@ def _by_source(items, owner, positions, num_items, starts, tokens):
 def _sum_tokens(grad, tokens, starts, before, begin, end, out):
     """out[begin:end] is set to the sums of the rows of grad (N, D) over the tokens of sources before + begin to before + end."""
     for source in range(begin, end):
-        sum_rows(out, source, grad, tokens, starts[before + source], starts[before + source + 1])
+        machine_code.sum_rows(out, source, grad, tokens, starts[before + source], starts[before + source + 1])
 
 
 _SIGNATURES = {
@@ -178,10 +161,4 @@ _SIGNATURES = {
 
 @kernels.made_once
 def _load() -> TokenKernels | None:
-    global prefetch, sum_rows
-    numba = kernels.usable_numba()
-    if numba is None or not machine_code.prepare():
-        return None
-    prefetch, sum_rows = machine_code.prefetch, machine_code.sum_rows
-    numba.extending.register_jitable(_masked)
-    return TokenKernels(*(kernels.compile_loop(numba, function, text, fast=True) for function, text in _SIGNATURES.items()))
+    return machine_code.load(TokenKernels, _SIGNATURES)

@@ -14,11 +14,9 @@ import numpy as np
 
 import kernels
 import machine_code
-from machine_code import product
+from machine_code import address, product
 
 TILE = 256  # items
-
-address = None  # machine_code.address, when the loops are compiled
 
 
 class TowerKernels(NamedTuple):
@@ -126,10 +124,4 @@ _SIGNATURES = {
 
 @kernels.made_once
 def _load() -> TowerKernels | None:
-    global address
-    numba = kernels.usable_numba()
-    if numba is None or not machine_code.prepare():
-        return None
-    address = machine_code.address
-    numba.extending.register_jitable(fastmath=set(kernels.FAST))(_scaled)
-    return TowerKernels(*(kernels.compile_loop(numba, function, text, fast=True) for function, text in _SIGNATURES.items()))
+    return machine_code.load(TowerKernels, _SIGNATURES, [_scaled])
