@@ -15,7 +15,7 @@ import numpy as np
 import kernels
 import machine_code
 from kernels import mix
-from machine_code import address, exp_of_minus, product
+from machine_code import address, exp_of_minus, product, transposed
 
 RELU, GELU, SWIGLU = 0, 1, 2
 TILE_ENTRIES = 1 << 14  # of n x W: 64 KiB, of which a tile has several
@@ -194,15 +194,6 @@ def _turn(source, row, length, width, out):
             out[d * length + i] = source[i * row + d]
 
 
-def _turned(weight):
-    """The transpose of (O, I), (I, O)."""
-    out = np.empty((weight.shape[1], weight.shape[0]), np.float32)
-    for i in range(weight.shape[0]):
-        for d in range(weight.shape[1]):
-            out[d, i] = weight[i, d]
-    return out
-
-
 def _rotate(row, heads, cos, sin, back):
     """layers.rotate of each head of a row (W,), in place; back: by the opposite angle."""
     half = len(cos)
@@ -225,7 +216,7 @@ def _to_attention(tile, x, norm_first, rms, eps, gain, shift, weight, bias, head
     cos, sin: (T, W / heads / 2), T = 0 without rotary positions. positions: (N,).
     """
     num, width = x.shape
-    hidden, turned = np.empty((tile if norm_first else 0, width), np.float32), _turned(weight)
+    hidden, turned = np.empty((tile if norm_first else 0, width), np.float32), transposed(weight)
     for begin in range(0, num, tile):
         n = min(tile, num - begin)
         source, out = x[begin:], qkv[begin:]
@@ -371,7 +362,7 @@ def _from_attention(
     fused = inner_weight.shape[0]
     rows, stream = np.empty((tile, width), np.float32), np.empty((tile, width), np.float32)
     source, active = np.empty((tile, width), np.float32), np.empty((tile, inner), np.float32)
-    out_turned, inner_turned, last_turned = _turned(out_weight), _turned(inner_weight), _turned(last_weight)
+    out_turned, inner_turned, last_turned = transposed(out_weight), transposed(inner_weight), transposed(last_weight)
     for begin in range(0, num, tile):
         n = min(tile, num - begin)
         product(address(mixed[begin:]), width, 1, address(out_turned), width, n, width, width, False, address(stream), width)
@@ -456,7 +447,7 @@ _SIGNATURES = {
 }
 _PARTS = (
     _normal, _sigmoid, _normalise, _affine, _normalise_back, _drop, _activate, _activate_back, _add_columns, _add_row, _add,
-    _turn, _turned, _rotate,
+    _turn, _rotate,
 )  # fmt: skip
 
 

@@ -332,7 +332,7 @@ def _exponentials(logits: Tensor, log_q: Tensor | None, own: Tensor, own_place: 
         _hide(logits, own_place)
         if hard:
             _keep_highest(logits, hard)
-        top = torch.maximum(logits.amax(1), own) if logits.shape[1] else own  # a memory bank alone starts empty
+        top = torch.maximum(logits.amax(1), own) if logits.shape[1] else own
         own_exp = (own - top).exp_()
     return top, logits.sub_(top[:, None]).exp_().sum(1) + own_exp, own_exp
 

@@ -60,6 +60,15 @@ def product(a, a_row, a_column, b, b_row, rows, columns, inner, add, out, out_ro
         j += 2 * _LANES if left >= 2 * _LANES else _LANES
 
 
+def transposed(weight):
+    """The transpose of weight (O, I), (I, O), as `product` wants its second matrix."""
+    out = np.empty((weight.shape[1], weight.shape[0]), np.float32)
+    for i in range(weight.shape[0]):
+        for d in range(weight.shape[1]):
+            out[d, i] = weight[i, d]
+    return out
+
+
 def load(kind: type, signatures: dict[Callable, str], parts: Iterable[Callable] = ()):
     """A module's compiled loops, `kind` (one for each of signatures, in their order); None without numba. parts: what its loops call."""
     if not prepare():
@@ -197,7 +206,7 @@ def prepare() -> bool:
 
     _address, copy, prefetch, sum_rows, sum_weighted_rows = first, move, fetch, sums, weighted_sums
     _tall, _four, _two, _one = map(block, (_TALL, 4, 2, 1))
-    for function in (address, product, copy_rows, masked):
+    for function in (address, product, transposed, copy_rows, masked):
         numba.extending.register_jitable(function)
     numba.extending.register_jitable(fastmath=set(kernels.FAST))(exp_of_minus)
     return True

@@ -14,7 +14,7 @@ import numpy as np
 
 import kernels
 import machine_code
-from machine_code import address, product
+from machine_code import address, product, transposed
 
 TILE = 256  # items
 
@@ -51,9 +51,7 @@ def _scaled(values, present, begin, num, tile):
 def _add_dense(values, present, weight, out):
     """out (M, D) += the projection of values (M, K) by weight (D, K + 2), whose last columns are the bias and the missing vector."""
     num, width, inner = len(out), out.shape[1], weight.shape[1]
-    tile, turned = np.empty((TILE, inner), np.float32), np.empty((inner, width), np.float32)
-    for d in range(width):
-        turned[:, d] = weight[d]
+    tile, turned = np.empty((TILE, inner), np.float32), transposed(weight)
     for begin in range(0, num, TILE):
         n = min(TILE, num - begin)
         _scaled(values, present, begin, n, tile)
