@@ -22,7 +22,7 @@ import torch
 
 import trainer as training
 from config import KEYS, Config, ModelConfig, with_values
-from dataset import make_splits, prefetch
+from dataset import make_splits, Prefetcher
 from errors import UserError
 from features import TableLayout, choose_embeddings
 from logger import RunLogger
@@ -232,7 +232,7 @@ class Ours(Child):
         time.sleep(self.order["settle"])  # the training loop's own loader fills its queue first
         numbers = (n % trainer.order.num_batches for n in range(number))
         seconds, end = [], time.perf_counter()
-        for _ in prefetch(trainer._build, numbers, data.num_workers, data.prefetch_batches):
+        for _ in Prefetcher(data.num_workers, data.prefetch_batches)(trainer._build, numbers):
             seconds.append(time.perf_counter() - end)
             end += seconds[-1]
         return {"batches": seconds}

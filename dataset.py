@@ -9,9 +9,12 @@ a query token, C shared candidates. A user's tokens are: the user token, then th
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -465,22 +468,47 @@ def iterate_events(store, split: Split, chunk_users: int = 50_000) -> Iterator[t
         yield store.item_ids[events], events
 
 
-def prefetch(build: Callable[[int], object], numbers: Iterable[int], num_workers: int, depth: int) -> Iterator[object]:
-    """build(number) for each number, in order, made ahead by background threads.
+class Prefetcher:
+    """Makes results ahead in background threads.
 
-    num_workers: 0 builds in the caller. depth: results held ready at most. An error in a worker is raised where its result is due.
+    num_workers: 0 makes them in the caller. depth: results held ready at most. spare: the threads take only the time that the cores have
+    to spare (Linux' SCHED_IDLE), until a result is PATIENCE seconds late; for a caller that works on all cores itself and waits
+    for the slowest. At the baseline's setting a step took 20.2 ms beside a thread of the usual priority, 18.5 beside one of
+    this kind, 16.5 beside none (2 cores, medians of nine turns).
     """
-    if num_workers == 0:
-        yield from map(build, numbers)
-        return
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batch")
-    waiting: deque[Future] = deque()
-    try:
-        for number in numbers:
-            waiting.append(pool.submit(build, number))
-            if len(waiting) > max(depth, num_workers):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    PATIENCE = 0.25
+
+    def __init__(self, num_workers: int, depth: int, spare: bool = False) -> None:
+        self.num_workers, self.depth, self.spare = num_workers, depth, spare
+
+    def __call__(self, build: Callable[[int], object], numbers: Iterable[int]) -> Iterator[object]:
+        """build(number) for each number, in order. An error in a thread is raised where its result is due."""
+        if self.num_workers == 0:
+            yield from map(build, numbers)
+            return
+        waiting: deque[tuple[int, Future]] = deque()
+        with ExitStack() as pools:
+            pool = self._pool(pools)
+            for number in numbers:
+                waiting.append((number, pool.submit(build, number)))
+                if len(waiting) <= max(self.depth, self.num_workers):
+                    continue
+                if self.spare and not wait([waiting[0][1]], self.PATIENCE).done:
+                    self.spare = False  # others are at work on the cores, and leave nothing
+                    pool = self._pool(pools)
+                    waiting = deque((n, pool.submit(build, n) if future.cancel() else future) for n, future in waiting)
+                yield waiting.popleft()[1].result()
+            while waiting:
+                yield waiting.popleft()[1].result()
+
+    def _pool(self, pools: ExitStack) -> ThreadPoolExecutor:
+        pool = ThreadPoolExecutor(self.num_workers, "batch", initializer=_take_spare_time if self.spare else None)
+        pools.callback(pool.shutdown, wait=True, cancel_futures=True)
+        return pool
+
+
+def _take_spare_time() -> None:
+    """For this thread, and for good: without privileges there is no way back."""
+    with suppress(AttributeError, OSError):  # not Linux; forbidden
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

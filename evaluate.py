@@ -20,7 +20,7 @@ from torch import Tensor
 from baselines import Baselines
 from candidates import read_candidates
 from columns import ragged_places
-from dataset import BatchBuilder, Split, generator, prefetch
+from dataset import BatchBuilder, Split, generator, Prefetcher
 from errors import UserError
 from features import FeatureColumns
 from metrics import RankingMetrics, action_weights, ranks_from_topk
@@ -130,7 +130,8 @@ class Ranker:
         self.model, self.columns, self.store, self.device = model, columns, columns.store, device
         self.wanted_action = wanted_action
         self.candidate_ids = np.unique(candidate_ids)
-        self.batch_size, self.num_workers, self.prefetch_batches, self.temperature = batch_size, num_workers, prefetch_batches, temperature
+        self.batch_size, self.temperature = batch_size, temperature
+        self.prefetch = Prefetcher(num_workers, prefetch_batches)
         self.cold_penalty = cold_penalty
         self.transitions, self.transition_weight = transitions if transition_weight else None, transition_weight
         self._place = np.full(self.store.num_items + 1, -1, dtype=np.int64)
@@ -142,7 +143,7 @@ class Ranker:
         self.model.eval()
         parts = [self.candidate_ids[i : i + ITEM_CHUNK] for i in range(0, len(self.candidate_ids), ITEM_CHUNK)]
         encoded = torch.empty(len(self.candidate_ids), self.model.config.hidden_units, device=self.device)
-        gathered = prefetch(lambda i: self.columns.items(parts[i]), range(len(parts)), self.num_workers, self.prefetch_batches)
+        gathered = self.prefetch(lambda i: self.columns.items(parts[i]), range(len(parts)))
         for i, inputs in enumerate(gathered):
             encoded[i * ITEM_CHUNK : i * ITEM_CHUNK + len(parts[i])] = self.model.encode_items(move(inputs, self.device)).candidate
         return encoded
@@ -164,7 +165,7 @@ class Ranker:
             batch = builder.evaluation(chunks[number])
             return batch, self.columns.gather(batch.unique_ids.numpy(), batch.users.numpy())
 
-        for samples, built in zip(chunks, prefetch(build, range(len(chunks)), self.num_workers, self.prefetch_batches)):
+        for samples, built in zip(chunks, self.prefetch(build, range(len(chunks)))):
             batch, features = move(built, self.device)
             query, _ = self.model(batch, features, torch.from_numpy(wanted[samples]).to(self.device))
             yield samples, query

@@ -24,7 +24,7 @@ import board
 import checkpoint as checkpoints
 from compatibility import changed_since, check_compatible, computed_on
 from config import Config
-from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, prefetch, training_item_counts, training_samples
+from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, Prefetcher, training_item_counts, training_samples
 from diagnosis import Generators, Suspect, Update, bad_weights, find_cause
 from embedding import Touched
 from errors import ForeignFormatError, RunError, Terminated, UserError
@@ -97,6 +97,7 @@ class Trainer:
         self.samples = training_samples(config.data.targets_per_sample, splits.train, length)
         self.builder = BatchBuilder(store, self.samples, length, seed, sampling)
         self.order = TrainingOrder(self.samples, training.batch_size, seed, length, config.data.length_buckets)
+        self.prefetch = Prefetcher(config.data.num_workers, config.data.prefetch_batches, spare=device.type == "cpu")
         self.scaler = LossScaler(training.precision == "fp16")
         self.candidates, self.num_cold_candidates = candidate_ids(config.eval.candidates, store)
         if self.num_cold_candidates:
@@ -192,7 +193,7 @@ class Trainer:
         self.order.start_epoch(self.epoch)
         group = self.config.training.accumulate_steps
         last = min(self.order.num_batches, self.batch + (self.total_steps - self.step) * group)
-        built = prefetch(self._build, range(self.batch, last), self.config.data.num_workers, self.config.data.prefetch_batches)
+        built = self.prefetch(self._build, range(self.batch, last))
         self._start_clock()
         self.model.train()
         with self._cores():

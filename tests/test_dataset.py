@@ -1,3 +1,6 @@
+import os
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +12,8 @@ from dataset import (
     TrainingOrder,
     counter_hash,
     make_splits,
+    Prefetcher,
     predict_split,
-    prefetch,
     training_item_counts,
 )
 from errors import UserError
@@ -213,14 +216,33 @@ def test_item_counts_of_training_events_only():
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_prefetch_keeps_order_and_passes_errors_on(workers):
-    assert list(prefetch(lambda n: n * n, range(20), workers, 4)) == [n * n for n in range(20)]
+    assert list(Prefetcher(workers, 4)(lambda n: n * n, range(20))) == [n * n for n in range(20)]
 
     def fail(number):
         if number == 3:
             raise ValueError("three")
         return number
 
-    results = prefetch(fail, range(10), workers, 2)
+    results = Prefetcher(workers, 2)(fail, range(10))
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         list(results)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system has no class of threads that take spare time only")
+def test_prefetch_in_spare_time_until_a_result_is_late(monkeypatch):
+    """A thread that others leave no time is replaced by one of the usual priority, for good; results and their order stay."""
+    monkeypatch.setattr(Prefetcher, "PATIENCE", 0.05)
+    prefetch, late = Prefetcher(1, 2, spare=True), threading.Event()
+
+    def build(number):
+        if number == 7:
+            late.set()
+        assert number != 6 or late.wait(10)  # 7 is made in time only by another thread
+        return number, os.sched_getscheduler(threading.get_native_id())
+
+    found = dict(prefetch(build, range(12)))
+    assert list(found) == list(range(12))
+    assert [found[n] for n in range(7)] == [os.SCHED_IDLE] * 7
+    assert [found[n] for n in range(7, 12)] == [os.SCHED_OTHER] * 5
+    assert set(dict(prefetch(build, range(3))).values()) == {os.SCHED_OTHER}

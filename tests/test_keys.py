@@ -25,6 +25,7 @@ import trainer
 import training_loss
 from checkpoint import list_checkpoints
 from config import KEYS, Config
+from dataset import Prefetcher
 from settings import load_config
 from synthetic import generate
 
@@ -316,7 +317,7 @@ def flags_of(settings: dict) -> list:
 def watched(calls: dict) -> Iterator[None]:
     """Note with what the parts of a run are called that only speed depends on; and spare the disk."""
     softmax_loss, checkpoint, topk, update = training_loss.softmax_loss, backbones.checkpoint, evaluate.topk_exact, trainer.Trainer._update
-    prefetch = trainer.prefetch
+    prefetch = Prefetcher.__call__
 
     def noted_loss(*args, **options):
         calls["chunk_size"].add(options["chunk_size"])
@@ -334,10 +335,10 @@ def watched(calls: dict) -> Iterator[None]:
         calls["seen items removed"].add(exclude is not None)
         return topk(query, *args, exclude=exclude)
 
-    def noted_prefetch(build, numbers, num_workers, depth):
-        calls["num_workers"].add(num_workers)
-        calls["prefetch_batches"].add(depth)
-        return prefetch(build, numbers, num_workers, depth)
+    def noted_prefetch(self, build, numbers):
+        calls["num_workers"].add(self.num_workers)
+        calls["prefetch_batches"].add(self.depth)
+        return prefetch(self, build, numbers)
 
     def noted_update(self, *args):
         calls["threads"].add(parallel.num_threads())
@@ -345,7 +346,7 @@ def watched(calls: dict) -> Iterator[None]:
 
     patches = [(training_loss, "softmax_loss", noted_loss), (backbones, "checkpoint", noted_checkpoint),
                (evaluate, "topk_exact", noted_topk),
-               (trainer, "prefetch", noted_prefetch), (evaluate, "prefetch", noted_prefetch), (trainer.Trainer, "_update", noted_update),
+               (Prefetcher, "__call__", noted_prefetch), (trainer.Trainer, "_update", noted_update),
                (backbones.Backbone, "compile", noted_compile), (os, "fsync", lambda _: None)]  # fmt: skip
     with ExitStack() as stack:
         for patch in patches:

@@ -18,7 +18,7 @@ from tiny import tiny_store
 
 import blas
 import checkpoint as checkpoints
-from dataset import BatchBuilder, NegativeSampling, TrainingOrder, make_splits, prefetch
+from dataset import BatchBuilder, NegativeSampling, Prefetcher, TrainingOrder, make_splits
 from logger import read_train_log
 from runs import LOCK
 from synthetic import generate
@@ -51,7 +51,7 @@ def test_one_order_for_any_number_of_processes_and_workers(kind, length_buckets)
                     order.start_epoch(epoch)
                     build = lambda k, epoch=epoch, order=order, builder=builder: builder.training(order.samples(k), epoch, k)
                     mine = range(rank, order.num_batches, world_size)
-                    batches |= {(epoch, k): batch for k, batch in zip(mine, prefetch(build, mine, workers, 2), strict=True)}
+                    batches |= {(epoch, k): batch for k, batch in zip(mine, Prefetcher(workers, 2)(build, mine), strict=True)}
             assert list(sorted(batches)) == [(epoch, k) for epoch in range(3) for k in range(15)]
             for epoch in range(3):
                 users = [user for k in range(15) for user in batches[epoch, k].users.tolist()]
