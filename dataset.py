@@ -496,8 +496,8 @@ class Prefetcher:
                     continue
                 if self.spare and not wait([waiting[0][1]], self.PATIENCE).done:
                     self.spare = False  # others are at work on the cores, and leave nothing
-                    pool = self._pool(pools)
-                    waiting = deque((n, pool.submit(build, n) if future.cancel() else future) for n, future in waiting)
+                    pool, cancelled = self._pool(pools), [future.cancel() for _, future in waiting]
+                    waiting = deque((n, pool.submit(build, n) if again else f) for (n, f), again in zip(waiting, cancelled))
                 yield waiting.popleft()[1].result()
             while waiting:
                 yield waiting.popleft()[1].result()

@@ -78,7 +78,7 @@ def test_cores_gives_torch_its_threads_back() -> None:
     with pytest.raises(KeyError), parallel.cores(2):
         assert torch.get_num_threads() == 1 and parallel.run([lambda: 1, lambda: 2]) == [1, 2]
         raise KeyError
-    assert torch.get_num_threads() == before and parallel._pool is None
+    assert torch.get_num_threads() == before and parallel._work is None
 
 
 def test_jobs_see_whether_gradients_are_on() -> None:
