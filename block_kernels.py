@@ -14,12 +14,13 @@ import numpy as np
 
 import kernels
 import machine_code
+import row_code
 from kernels import mix
 from machine_code import address, exp_of_minus, product, transposed
 
 RELU, GELU, SWIGLU = 0, 1, 2
 TILE_ENTRIES = 1 << 14  # of n x W: 64 KiB, of which a tile has several
-ROWS = 32  # queries whose scores are made at once
+ROWS = 16  # queries whose scores are made at once
 
 
 class BlockKernels(NamedTuple):
@@ -189,8 +190,14 @@ def _add(a, b, num, out):
 
 def _turn(source, row, length, width, out):
     """The transpose of (length, width) entries, whose rows are `row` apart: out (width, length), both flat."""
+    step = row_code.LANES
+    whole = width // step * step
+    for i in range(0, length, step):
+        for d in range(0, whole, step):
+            to = address(out) + 4 * (d * length + i)
+            row_code.turn_block(address(source) + 4 * (i * row + d), row, to, length, min(step, length - i))
     for i in range(length):
-        for d in range(width):
+        for d in range(whole, width):
             out[d * length + i] = source[i * row + d]
 
 
@@ -266,9 +273,9 @@ def _attention(qkv, starts, heads, mixed, log_sum):
     width, longest = mixed.shape[1], 0
     for user in range(len(starts) - 1):
         longest = max(longest, starts[user + 1] - starts[user])
-    flat, out, head_width, zero = qkv.reshape(-1), mixed.reshape(-1), width // heads, np.float32(0.0)
+    flat, out, head_width, one = qkv.reshape(-1), mixed.reshape(-1), width // heads, np.float32(1.0)
     turned, scores = np.empty(head_width * longest, np.float32), np.empty(ROWS * longest, np.float32)
-    factor, totals = np.float32(1.0) / np.sqrt(np.float32(head_width)), np.empty(ROWS, np.float32)
+    factor, totals = one / np.sqrt(np.float32(head_width)), np.empty(ROWS, np.float32)
     for user in range(len(starts) - 1):
         first, length = starts[user], starts[user + 1] - starts[user]
         for head in range(heads):
@@ -279,20 +286,13 @@ def _attention(qkv, starts, heads, mixed, log_sum):
                 rows, to = flat[at + begin * 3 * width :], out[(first + begin) * width + head * head_width :]
                 product(address(rows), 3 * width, 1, address(turned), length, n, end, head_width, False, address(scores), end)
                 for i in range(n):
-                    row, seen = scores[i * end : (i + 1) * end], begin + i + 1
-                    top, total = row[0], zero
-                    for j in range(seen):
-                        top = max(top, row[j])
-                    row[seen:] = zero
-                    for j in range(seen):
-                        row[j] = exp_of_minus((top - row[j]) * factor)
-                        total += row[j]
-                    totals[i] = total
+                    top, total = row_code.softmax_row(address(scores) + 4 * i * end, begin + i + 1, end, factor)
+                    totals[i] = one / total
                     log_sum[first + begin + i, head] = top * factor + np.log(total)
                 product(address(scores), end, 1, address(flat[at + 2 * width :]), 3 * width, n, head_width, end, False, address(to), width)
                 for i in range(n):
                     for d in range(head_width):
-                        to[i * width + d] /= totals[i]
+                        to[i * width + d] *= totals[i]
 
 
 def _attention_back(grad, qkv, starts, heads, mixed, log_sum, grad_qkv):
@@ -317,16 +317,11 @@ def _attention_back(grad, qkv, starts, heads, mixed, log_sum, grad_qkv):
                 product(address(rows), 3 * width, 1, address(turned), length, n, end, head_width, False, address(scores), end)
                 product(address(of_rows), width, 1, address(turned_value), length, n, end, head_width, False, address(of_scores), end)
                 for i in range(n):
-                    token, seen = first + begin + i, begin + i + 1
-                    row, of_row = scores[i * end : (i + 1) * end], of_scores[i * end : (i + 1) * end]
-                    row[seen:], of_row[seen:] = zero, zero
-                    along = zero
+                    token, along = first + begin + i, zero
                     for d in range(head_width):
                         along += grad[token, column + d] * mixed[token, column + d]
-                    normal = log_sum[token, head]
-                    for j in range(seen):  # rounding may take a score above its row's sum
-                        row[j] = exp_of_minus(max(normal - row[j] * factor, zero))
-                        of_row[j] = row[j] * (of_row[j] - along) * factor
+                    row, of_row = address(scores) + 4 * i * end, address(of_scores) + 4 * i * end
+                    row_code.softmax_row_back(row, of_row, begin + i + 1, end, log_sum[token, head], along, factor)
                 key, value, wide = to[at + width :], to[at + 2 * width :], 3 * width
                 product(
                     address(of_scores),
@@ -453,4 +448,4 @@ _PARTS = (
 
 @kernels.made_once
 def _load() -> BlockKernels | None:
-    return machine_code.load(BlockKernels, _SIGNATURES, _PARTS)
+    return machine_code.load(BlockKernels, _SIGNATURES, _PARTS) if row_code.prepare() else None

@@ -376,7 +376,7 @@ def usable_numba():
 @cache
 def _sources() -> str:
     """Of the modules whose functions loops of other modules call: numba looks for changes in the loop's own file alone."""
-    files = [Path(__file__).with_name(name).read_bytes() for name in ("kernels.py", "machine_code.py")]
+    files = [Path(__file__).with_name(name).read_bytes() for name in ("kernels.py", "machine_code.py", "row_code.py")]
     return hashlib.sha256(b"".join(files)).hexdigest()[:12]
 
 

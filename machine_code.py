@@ -177,7 +177,7 @@ def prepare() -> bool:
         def build(context, builder, signature, values):
             bytes_at = ir.IntType(8).as_pointer()
             arguments = [bytes_at, bytes_at, ir.IntType(64), ir.IntType(1)]
-            function = _external(builder.module, "llvm.memcpy.p0.p0.i64", ir.VoidType(), arguments)
+            function = external(builder.module, "llvm.memcpy.p0.p0.i64", ir.VoidType(), arguments)
             to, of = (builder.inttoptr(value, bytes_at) for value in values[:2])
             builder.call(function, [to, of, values[2], ir.Constant(ir.IntType(1), 0)])
             return context.get_dummy_value()
@@ -242,13 +242,13 @@ def _product_block(module, rows: int, vectors: int):
     few = None
     if vectors == 1:
         lanes = ir.VectorType(size, _LANES)
-        few = builder.icmp_signed("<", ir.Constant(lanes, list(range(_LANES))), _repeated(builder, left, lanes))
+        few = builder.icmp_signed("<", ir.Constant(lanes, list(range(_LANES))), repeated(builder, left, lanes))
 
     suffix, mask, place = f"v{_LANES}f32", ir.VectorType(flag, _LANES), vector.as_pointer()
     # Fused where the processor has it; llvm.fma would call a library, entry by entry, where it has not.
-    fused = _external(module, f"llvm.fmuladd.{suffix}", vector, [vector] * 3)
-    masked_load = _external(module, f"llvm.masked.load.{suffix}.p0", vector, [place, alignment.type, mask, vector])
-    masked_store = _external(module, f"llvm.masked.store.{suffix}.p0", ir.VoidType(), [vector, place, alignment.type, mask])
+    fused = external(module, f"llvm.fmuladd.{suffix}", vector, [vector] * 3)
+    masked_load = external(module, f"llvm.masked.load.{suffix}.p0", vector, [place, alignment.type, mask, vector])
+    masked_store = external(module, f"llvm.masked.store.{suffix}.p0", ir.VoidType(), [vector, place, alignment.type, mask])
 
     def places(start):
         return [builder.bitcast(builder.gep(start, [ir.Constant(size, _LANES * n)]), place) for n in range(vectors)]
@@ -271,7 +271,7 @@ def _product_block(module, rows: int, vectors: int):
     sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
     terms, added = load(of_b), []
     for offset, row in zip(row_offsets, sums):
-        factor = _repeated(builder, builder.load(builder.gep(of_a, [offset]), align=4), vector)
+        factor = repeated(builder, builder.load(builder.gep(of_a, [offset]), align=4), vector)
         added.append([builder.call(fused, [factor, term, total]) for term, total in zip(terms, row)])
     following = builder.add(k, ir.Constant(size, 1)), builder.gep(of_a, [a_column]), builder.gep(of_b, [b_row])
     for phi, first, second in zip((k, of_a, of_b), (ir.Constant(size, 0), *starts[:2]), following):
@@ -294,7 +294,7 @@ def _product_block(module, rows: int, vectors: int):
     return function
 
 
-def _repeated(builder, value, vector):
+def repeated(builder, value, vector):
     """The value in every lane of that type of vector."""
     from llvmlite import ir
 
@@ -303,7 +303,7 @@ def _repeated(builder, value, vector):
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(place, vector.count), [0] * vector.count))
 
 
-def _external(module, name: str, result, arguments: list):
+def external(module, name: str, result, arguments: list):
     """A function that LLVM brings."""
     from llvmlite import ir
 
@@ -346,7 +346,7 @@ def _build_sum(context, builder, signature, values):
         row = builder.gep(matrix.data, [builder.mul(builder.sext(builder.load(builder.gep(index.data, [use])), size), width)])
         terms = [builder.load(place, align=4) for place in places(row, column)]
         if shares:
-            share = _repeated(builder, builder.load(builder.gep(shares[0].data, [use])), vector)
+            share = repeated(builder, builder.load(builder.gep(shares[0].data, [use])), vector)
             terms = [builder.fmul(term, share) for term in terms]
         added = [builder.fadd(total, term) for total, term in zip(sums, terms)]
         next_use = builder.add(use, ir.Constant(size, 1))
