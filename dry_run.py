@@ -8,6 +8,7 @@ import numpy as np
 
 from evaluate import move
 from logger import peak_rss_gib
+from parallel import training_cores
 from trainer import Trainer
 
 
@@ -18,7 +19,7 @@ def try_out(trainer: Trainer) -> list[tuple[str, str]]:
     trainer.model.train()
     group = min(trainer.config.training.accumulate_steps, trainer.order.num_batches)
     users = 0
-    with trainer._cores():
+    with training_cores(trainer.device):
         for number in range(group):
             batch, features = move(trainer._build(number), trainer.device)
             users += batch.users.shape[0]

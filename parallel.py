@@ -93,6 +93,21 @@ def cores(num_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def training_cores(device: torch.device) -> Iterator[None]:
+    """For training steps on a CPU: `cores`, as many as torch has threads, and no page faults for what each step allocates anew."""
+    if device.type != "cpu":
+        yield
+        return
+    num_threads = torch.get_num_threads()
+    keep_freed_memory(num_threads)
+    try:
+        with cores(num_threads):
+            yield
+    finally:
+        give_freed_memory_back()
+
+
 def _help(work: SimpleQueue) -> None:
     while (asked := work.get()) is not None:
         asked()

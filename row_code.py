@@ -25,8 +25,8 @@ def prepare() -> bool:
     softmax_row(row, seen, end, factor): entries [0, seen) become exp((entry - top) * factor), [seen, end) 0; (top, sum of the row).
     softmax_row_back(row, of_row, seen, end, normal, along, factor): with weight = exp(entry * factor - normal), at most 1, for entries
     [0, seen) of row and 0 for the others, row becomes weight and of_row weight * (of_row - along) * factor.
-    turn_block(source, row, out, out_row, num): out (LANES, num) = the transpose of source (num, LANES); num: at most LANES; rows are row and
-    out_row entries apart.
+    turn_block(source, row, out, out_row, num): out (LANES, num) = the transpose of source (num, LANES); num: at most LANES; rows are
+    row and out_row entries apart.
     """
     global softmax_row, softmax_row_back, turn_block
     numba = kernels.usable_numba()

@@ -34,7 +34,7 @@ from features import FeatureColumns, FeatureInputs, TableLayout, dropped_ids, kn
 from logger import RunLogger
 from model import Recommender, heads_of
 from optim import LossScaler, TableOptimizer, clip_scale, gradient_norm, merge_touched
-from parallel import cores, give_freed_memory_back, keep_freed_memory
+from parallel import training_cores
 from runs import RunPaths, write_status
 from slices import groups_of, quality, user_values
 from training_loss import TrainingLoss, negative_sampling, total_weight
@@ -196,7 +196,7 @@ class Trainer:
         built = self.prefetch(self._build, range(self.batch, last))
         self._start_clock()
         self.model.train()
-        with self._cores():
+        with training_cores(self.device):
             for _ in range(self.batch, last):
                 before = time.perf_counter()
                 batch, features = move(next(built), self.device)
@@ -218,20 +218,6 @@ class Trainer:
                 if every and self.step % every == 0 and self.batch < last:
                     self.save(None)
         self._finish_epoch(whole=self.batch == self.order.num_batches)
-
-    @contextmanager
-    def _cores(self) -> Iterator[None]:
-        """On CPU: pieces of a step side by side, and no page faults for what each step allocates anew."""
-        if self.device.type != "cpu":
-            yield
-            return
-        num_threads = torch.get_num_threads()
-        keep_freed_memory(num_threads)
-        try:
-            with cores(num_threads):
-                yield
-        finally:
-            give_freed_memory_back()
 
     def _finish_epoch(self, whole: bool) -> None:
         trained = self.epoch, self.batch

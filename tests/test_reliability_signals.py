@@ -22,7 +22,8 @@ pytestmark = pytest.mark.reliability
 PLACES = (
     (trainer_module.Trainer, ("_accumulate", "_update", "_log_line", "_finish_epoch", "_validate", "rank", "metrics_of", "save", "_meta")),
     (Updates, ("apply", "state_dict", "averaged")), (RunLogger, ("train_line", "eval_line", "sync")), (os, ("fsync", "rename", "replace")),
-    (trainer_module.Ranker, ("rank", "encode_candidates", "_seen", "_target_losses")), (trainer_module, ("write_status",)), (Prefetcher, ("__call__",)),
+    (trainer_module.Ranker, ("rank", "encode_candidates", "_seen", "_target_losses")), (trainer_module, ("write_status",)),
+    (Prefetcher, ("__call__",)),
     (checkpoints, ("save_checkpoint", "_write_tensors", "_known_loss", "_put_in_place", "link", "prune", "_remove_folder")),
 )  # fmt: skip
 # 5 steps an epoch; the schedule changes the rate at each step, as the default does.
