@@ -19,8 +19,8 @@ WIDTH = 110  # a longer signature gets a line a parameter
 CHAIN = (
     "errors atomic schema setting_keys config settings plain_pickle kernels machine_code row_code blas step_kernels parallel columns "
     "store_files store_check sources sources_loops sources_jsonl sources_parquet sources_workers indexer item_table candidates multimodal "
-    "store_build store dataset features embedding layers block_kernels fused_block attention_bias experts hstu_kernels backbones time_features "
-    "actions losses negatives training_loss metrics muon optim averaging updates tower_kernels fused_tower token_kernels fused_tokens "
+    "store_build store dataset features embedding layers block_kernels fused_block attention_bias experts hstu_kernels backbones "
+    "time_features actions losses negatives training_loss metrics muon optim averaging updates tower_kernels fused_tower token_kernels fused_tokens "
     "model retrieval transitions baselines evaluate shapes checkpoint_meta "
     "checkpoint ensemble serve export ranks slices report_samples report_data logger runs report_html charts report_shape "
     "report_read report_compare report_users report_sections run_list report pictures board compatibility diagnosis trainer "
