@@ -33,6 +33,7 @@ REQUIRED_KEYS = (
     "memory.reference_peak_mib",
 )  # fmt: skip
 MIN_WARM_UP = 3
+TRIAL_WARM_UP, TRIAL_STEPS = 7, 9  # of the reference's loader workers: the first steps live on batches made while it started
 OUR_DROPPED, REFERENCE_DROPPED = 2, 1  # first steps of a turn: the other side's turn left cold caches
 BEAUTY = {"users": 22_363, "items": 12_101, "shortest": 5, "mean": 8.9, "attributes": 1_221, "attributes_an_item": 5}  # Amazon, 5-core
 
@@ -246,8 +247,8 @@ class Benchmark:
         medians = {}
         for workers in self.flags.workers:
             with self.reference(workers) as child:
-                child.do(f"steps {MIN_WARM_UP - 1}")
-                medians[workers] = statistics.median(child.do(f"steps {MIN_WARM_UP + 1}")["steps"][1:])
+                child.do(f"steps {TRIAL_WARM_UP}")
+                medians[workers] = statistics.median(child.do(f"steps {TRIAL_STEPS}")["steps"])
                 self.results[f"reference.trial_{workers}_workers_s"] = medians[workers]
         say("reference, step with " + ", ".join(f"{n} loader workers {seconds:.2f} s" for n, seconds in medians.items()))
         return min(medians, key=medians.get)
