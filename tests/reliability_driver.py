@@ -126,7 +126,8 @@ def crash(order: dict) -> None:
         function = cut.wrap(name, function)
 
         def wrapped(*args, **kwargs):
-            if counts(*args, **kwargs):
+            compiled = any("__pycache__" in str(word) for word in args)  # numba's cache: other threads', and more or fewer by the clock
+            if not compiled and counts(*args, **kwargs):
                 number = next(numbers)  # in one step: of two threads' calls at once each has its own
                 os.write(calls, f"{name}\n".encode())
                 if number == order["crash"]:
