@@ -472,35 +472,42 @@ class Prefetcher:
     """Makes results ahead in background threads.
 
     num_workers: 0 makes them in the caller. depth: results held ready at most. spare: the threads take only the time that the cores have
-    to spare (Linux' SCHED_IDLE), until a result is PATIENCE seconds late; for a caller that works on all cores itself and waits
-    for the slowest. At the baseline's setting a step took 20.2 ms beside a thread of the usual priority, 18.5 beside one of
-    this kind, 16.5 beside none (2 cores, medians of nine turns).
+    to spare (Linux' SCHED_IDLE); for a caller that works on all cores itself and waits for the slowest. A result that is PATIENCE seconds
+    late is then made by the caller, and the MAX_LATE'th puts an end to it: others leave the threads no time.
+    At the baseline's setting a step took 20.2 ms beside a thread of the usual priority, 18.5 so (2 cores, medians of nine turns).
     """
 
-    PATIENCE = 0.25
+    PATIENCE, MAX_LATE = 0.25, 3
 
     def __init__(self, num_workers: int, depth: int, spare: bool = False) -> None:
-        self.num_workers, self.depth, self.spare = num_workers, depth, spare
+        self.num_workers, self.depth, self.spare, self._num_late = num_workers, depth, spare, 0
 
     def __call__(self, build: Callable[[int], object], numbers: Iterable[int]) -> Iterator[object]:
-        """build(number) for each number, in order. An error in a thread is raised where its result is due."""
+        """build(number), a function of its number, for each in order. An error in a thread is raised where its result is due."""
         if self.num_workers == 0:
             yield from map(build, numbers)
             return
+        kernels.compiled()  # a thread's threads are of its kind: numba's import must not wait for spare time
         waiting: deque[tuple[int, Future]] = deque()
         with ExitStack() as pools:
-            pool = self._pool(pools)
+            spare, pool = self.spare, self._pool(pools)
             for number in numbers:
                 waiting.append((number, pool.submit(build, number)))
-                if len(waiting) <= max(self.depth, self.num_workers):
-                    continue
-                if self.spare and not wait([waiting[0][1]], self.PATIENCE).done:
-                    self.spare = False  # others are at work on the cores, and leave nothing
-                    pool, cancelled = self._pool(pools), [future.cancel() for _, future in waiting]
+                if len(waiting) > max(self.depth, self.num_workers):
+                    yield self._due(build, *waiting.popleft())
+                if spare and not self.spare:
+                    cancelled = [future.cancel() for _, future in waiting]
+                    spare, pool = False, self._pool(pools)
                     waiting = deque((n, pool.submit(build, n) if again else f) for (n, f), again in zip(waiting, cancelled))
-                yield waiting.popleft()[1].result()
             while waiting:
-                yield waiting.popleft()[1].result()
+                yield self._due(build, *waiting.popleft())
+
+    def _due(self, build: Callable[[int], object], number: int, made: Future) -> object:
+        if self.spare and not wait([made], self.PATIENCE).done:
+            self._num_late += 1
+            self.spare = self._num_late < self.MAX_LATE
+            return build(number)
+        return made.result()
 
     def _pool(self, pools: ExitStack) -> ThreadPoolExecutor:
         pool = ThreadPoolExecutor(self.num_workers, "batch", initializer=_take_spare_time if self.spare else None)

@@ -76,13 +76,15 @@ def cores(num_threads: int) -> Iterator[None]:
     """Within it, `run` uses num_threads cores; torch's operations take one each, more where there are more cores than pieces."""
     global _work, _num_threads
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, num_threads // NUM_PIECES))
     work: SimpleQueue = SimpleQueue()
-    helpers = [threading.Thread(target=_help, args=(work,), name=f"piece_{i}", daemon=True) for i in range(num_threads - 1)]
-    for helper in helpers:
-        helper.start()
-    _work, _num_threads = work if helpers else None, num_threads
+    helpers: list[threading.Thread] = []
     try:
+        torch.set_num_threads(max(1, num_threads // NUM_PIECES))
+        for number in range(num_threads - 1):
+            helper = threading.Thread(target=_help, args=(work,), name=f"piece_{number}", daemon=True)
+            helper.start()
+            helpers.append(helper)
+        _work, _num_threads = work if helpers else None, num_threads
         yield
     finally:
         _work, _num_threads = None, 1
@@ -122,8 +124,8 @@ def num_threads() -> int:
 def run(jobs: Sequence[Callable[[], object]]) -> list:
     """Results of all jobs, in their order; the caller's thread works too. The first error is raised when all are done.
 
-    Some twenty times a step, so by the interpreter's own queues: with an executor's futures a step of 17 ms took .4 longer. A helper that
-    comes too late finds no job left and is not waited for.
+    Some twenty times a step, so by the interpreter's own queues and not an executor's futures. A helper that comes too late finds no job
+    left and is not waited for.
     """
     if _work is None or len(jobs) < 2:
         return [job() for job in jobs]
@@ -146,9 +148,11 @@ def run(jobs: Sequence[Callable[[], object]]) -> list:
     work()
     for _ in jobs:
         done.get()
-    if errors:
-        raise errors[0]
-    return results
+    found, failed = results, errors
+    results, errors, jobs = [], [], ()  # a helper that comes late still holds `work`: not the step's tensors with it
+    if failed:
+        raise failed[0]
+    return found
 
 
 def row_pieces(num_rows: int, min_rows: int = MIN_ROWS) -> list[Piece]:

@@ -229,20 +229,43 @@ def test_prefetch_keeps_order_and_passes_errors_on(workers):
         list(results)
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system has no class of threads that take spare time only")
-def test_prefetch_in_spare_time_until_a_result_is_late(monkeypatch):
-    """A thread that others leave no time is replaced by one of the usual priority, for good; results and their order stay."""
-    monkeypatch.setattr(Prefetcher, "PATIENCE", 0.05)
-    prefetch, late = Prefetcher(1, 2, spare=True), threading.Event()
+def policy() -> int:
+    return os.sched_getscheduler(threading.get_native_id())
+
+
+def test_prefetch_in_spare_time_until_results_are_late(monkeypatch):
+    """The caller makes what is late; after the third the threads are of the usual priority, for good."""
+    monkeypatch.setattr(Prefetcher, "PATIENCE", 1.0)
+    prefetch, caller, usual = Prefetcher(1, 2, spare=True), threading.get_ident(), policy()
+    made_by_caller = {number: threading.Event() for number in (4, 6, 8)}
 
     def build(number):
-        if number == 7:
-            late.set()
-        assert number != 6 or late.wait(10)  # 7 is made in time only by another thread
-        return number, os.sched_getscheduler(threading.get_native_id())
+        if number in made_by_caller:
+            if threading.get_ident() == caller:
+                made_by_caller[number].set()
+            else:
+                assert made_by_caller[number].wait(60)
+        return number, threading.get_ident() == caller, policy()
 
-    found = dict(prefetch(build, range(12)))
-    assert list(found) == list(range(12))
-    assert [found[n] for n in range(7)] == [os.SCHED_IDLE] * 7
-    assert [found[n] for n in range(7, 12)] == [os.SCHED_OTHER] * 5
-    assert set(dict(prefetch(build, range(3))).values()) == {os.SCHED_OTHER}
+    found = list(prefetch(build, range(14)))
+    assert [number for number, *_ in found] == list(range(14))
+    assert [number for number, by_caller, _ in found if by_caller] == [4, 6, 8]
+    if found[0][2] == usual:
+        pytest.skip("no class of threads here that take spare time only")
+    assert {kind for number, by_caller, kind in found[:8] if not by_caller} == {os.SCHED_IDLE}
+    assert {kind for *_, kind in found[-3:]} == {usual}
+    assert {kind for *_, kind in prefetch(build, range(3))} == {usual}
+
+
+def test_prefetch_of_fewer_than_it_makes_ahead_is_not_kept_waiting(monkeypatch):
+    monkeypatch.setattr(Prefetcher, "PATIENCE", 0.05)
+    caller, made = threading.get_ident(), threading.Event()
+
+    def build(number):
+        if threading.get_ident() == caller:
+            made.set()
+        else:
+            assert made.wait(60)
+        return number
+
+    assert list(Prefetcher(1, 4, spare=True)(build, range(2))) == [0, 1]

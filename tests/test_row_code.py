@@ -1,10 +1,16 @@
 """Attention's rows and transposes by LLVM code, against numpy, at every length about a vector's."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import block_kernels
 import kernels
+import machine_code
 import row_code
 from machine_code import address
 
@@ -23,6 +29,10 @@ def softmax_back(scores, of_scores, row, seen, end, normal, along, factor):
 
 def turn(source, num, out):
     row_code.turn_block(address(source), source.shape[1], address(out), out.shape[1], num)
+
+
+def own_exponential(x):
+    return machine_code.exp_of_minus(x)
 
 
 def compiled(function, text: str):
@@ -71,6 +81,28 @@ def test_a_score_that_is_not_finite_shows(value: float, place: int) -> None:
         compiled(softmax_back, "F4[:,:] F4[:,:] i8 i8 i8 f4 f4 f4")(scores, of_scores, 0, 19, 20, normal, np.float32(0), FACTOR)
         assert np.isnan(of_scores[0, place])
     assert forward[0, 19] == 0  # beyond what is seen
+
+
+def test_a_row_of_scores_of_minus_infinity_shows() -> None:
+    scores = np.full((1, 20), -np.inf, np.float32)
+    assert np.isnan(compiled(softmax, "F4[:,:] i8 i8 i8 f4")(scores, 0, 18, 20, FACTOR)[1])
+
+
+def test_its_exponential_is_the_loops_own() -> None:
+    """With two scores, the larger 0, the smaller one's weight is exp of minus the distance."""
+    exponential = compiled(own_exponential, "f4")
+    for x in np.linspace(0, 95, 400, dtype=np.float32):
+        scores = np.array([[0, -x]], np.float32)
+        compiled(softmax, "F4[:,:] i8 i8 i8 f4")(scores, 0, 2, 2, np.float32(1))
+        assert scores[0, 1] == pytest.approx(exponential(x), rel=1e-6)
+
+
+def test_on_a_processor_of_shorter_vectors(tmp_path: Path) -> None:
+    """LLVM makes two of each vector there; all of the above holds."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "row_of_softmax or turned"]
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("num", range(1, row_code.LANES + 1))
