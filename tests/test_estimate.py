@@ -110,7 +110,8 @@ def test_within_15_percent_of_what_is_measured(data: Path, flags: tuple) -> None
     table = in_bytes(re.search(r"^table +([\d.]+ \w+)", text, re.MULTILINE)[1])
     assert (table > 0.25 * expected) == (flags[0] == "--loss")  # what is large: the table here, its optimiser's state there
     assert abs(expected / peaks["RssAnon"] - 1) < 0.15, (expected, peaks, text)
-    assert abs(expected / (peaks["VmHWM"] - peaks["RssFile"]) - 1) < 0.2, (expected, peaks)  # the two peaks need not coincide
+    # A lower bound of what was not files, should a peak fall between two looks: files are at their peak at another moment.
+    assert expected > 0.85 * (peaks["VmHWM"] - peaks["RssFile"]), (expected, peaks)
     folders = list((data / "ckpt").glob("global_step*"))
     disk = in_bytes(re.search(r"checkpoints of ([\d.]+ \w+)", text)[1])
     written = sum(file.stat().st_size for file in folders[0].iterdir())
