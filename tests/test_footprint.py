@@ -37,8 +37,8 @@ def test_peaks_count_from_the_mark() -> None:
     with shadows:
         torch.zeros(100, MIB)
         shadows.mark()
-        small = torch.zeros(10, MIB)
-        assert shadows.live_peak == 40 * MIB and 30 * MIB <= shadows.peak < 60 * MIB
+        small = torch.zeros(64, MIB)  # fits in no hole that another test has left in the heap
+        assert shadows.live_peak == 256 * MIB and 240 * MIB <= shadows.peak < 280 * MIB
         del small
 
 
