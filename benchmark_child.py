@@ -22,7 +22,7 @@ import torch
 
 import trainer as training
 from config import KEYS, Config, ModelConfig, with_values
-from dataset import make_splits, Prefetcher
+from dataset import Prefetcher, make_splits
 from errors import UserError
 from features import TableLayout, choose_embeddings
 from logger import RunLogger

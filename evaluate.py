@@ -20,7 +20,7 @@ from torch import Tensor
 from baselines import Baselines
 from candidates import read_candidates
 from columns import ragged_places
-from dataset import BatchBuilder, Split, generator, Prefetcher
+from dataset import BatchBuilder, Prefetcher, Split, generator
 from errors import UserError
 from features import FeatureColumns
 from metrics import RankingMetrics, action_weights, ranks_from_topk

@@ -21,6 +21,8 @@ from kernels import made_once, mix
 
 _CACHE_LINE = 64
 _BLOCKS = (16, 2), (8, 1), (1, 1)  # (lanes of a vector, vectors) of the columns that are summed at a time: the first, then what is left
+EXP_LARGEST, LOG2_E, LN_2, LN_2_REST = 87.0, 1.44269504, 0.693359375, 2.12194440e-4  # of exp_of_minus: x, and what reduces it
+EXP_SERIES = 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
 _LANES = _TALL = 0  # of a product: entries of a vector; rows of a block, but for the last rows. `prepare` sets them
 
 _address = copy = prefetch = sum_rows = sum_weighted_rows = None  # set by `prepare`: what compiled loops call
@@ -87,15 +89,15 @@ def copy_rows(out, out_row, source, row, num, columns):
 
 def exp_of_minus(x):
     """exp(-x) for x >= 0, to 1e-7 (2 + x) of it; in vectors, as math.exp is not."""
-    x = min(x, np.float32(87.0))
-    whole = np.int32(x * np.float32(1.44269504) + np.float32(0.5))
-    rest = np.float32(whole) * np.float32(0.693359375) - x - np.float32(whole) * np.float32(2.12194440e-4)
-    power = np.float32(1.9875691500e-4)
-    power = power * rest + np.float32(1.3981999507e-3)
-    power = power * rest + np.float32(8.3334519073e-3)
-    power = power * rest + np.float32(4.1665795894e-2)
-    power = power * rest + np.float32(1.6666665459e-1)
-    power = power * rest + np.float32(5.0000001201e-1)
+    x = min(x, np.float32(EXP_LARGEST))
+    whole = np.int32(x * np.float32(LOG2_E) + np.float32(0.5))
+    rest = np.float32(whole) * np.float32(LN_2) - x - np.float32(whole) * np.float32(LN_2_REST)
+    power = np.float32(EXP_SERIES[0])
+    power = power * rest + np.float32(EXP_SERIES[1])
+    power = power * rest + np.float32(EXP_SERIES[2])
+    power = power * rest + np.float32(EXP_SERIES[3])
+    power = power * rest + np.float32(EXP_SERIES[4])
+    power = power * rest + np.float32(EXP_SERIES[5])
     power = power * rest * rest + rest + np.float32(1.0)
     return power * np.int32((np.int32(127) - whole) << np.int32(23)).view(np.float32)
 
@@ -239,16 +241,8 @@ def _product_block(module, rows: int, vectors: int):
     entry, loop, done, to_add, to_set = (function.append_basic_block(part) for part in ("entry", "loop", "done", "add", "set"))
     builder = ir.IRBuilder(entry)
     zero, alignment = ir.Constant(vector, [0.0] * _LANES), ir.Constant(ir.IntType(32), 4)
-    few = None
-    if vectors == 1:
-        lanes = ir.VectorType(size, _LANES)
-        few = builder.icmp_signed("<", ir.Constant(lanes, list(range(_LANES))), repeated(builder, left, lanes))
-
-    suffix, mask, place = f"v{_LANES}f32", ir.VectorType(flag, _LANES), vector.as_pointer()
-    # Fused where the processor has it; llvm.fma would call a library, entry by entry, where it has not.
-    fused = external(module, f"llvm.fmuladd.{suffix}", vector, [vector] * 3)
-    masked_load = external(module, f"llvm.masked.load.{suffix}.p0", vector, [place, alignment.type, mask, vector])
-    masked_store = external(module, f"llvm.masked.store.{suffix}.p0", ir.VoidType(), [vector, place, alignment.type, mask])
+    few = first_lanes(builder, left, _LANES) if vectors == 1 else None
+    place, (fused, masked_load, masked_store) = vector.as_pointer(), vector_functions(module, _LANES)
 
     def places(start):
         return [builder.bitcast(builder.gep(start, [ir.Constant(size, _LANES * n)]), place) for n in range(vectors)]
@@ -308,6 +302,26 @@ def external(module, name: str, result, arguments: list):
     from llvmlite import ir
 
     return module.globals.get(name) or ir.Function(module, ir.FunctionType(result, arguments), name)
+
+
+def vector_functions(module, lanes: int) -> tuple:
+    """Of vectors of float32: a * b + c, load(pointer, alignment, mask, what stands elsewhere), store(vector, pointer, alignment, mask)."""
+    from llvmlite import ir
+
+    vector, alignment, mask = ir.VectorType(ir.FloatType(), lanes), ir.IntType(32), ir.VectorType(ir.IntType(1), lanes)
+    suffix, place = f"v{lanes}f32", vector.as_pointer()
+    # Fused where the processor has it; llvm.fma would call a library, entry by entry, where it has not.
+    fused = external(module, f"llvm.fmuladd.{suffix}", vector, [vector] * 3)
+    load = external(module, f"llvm.masked.load.{suffix}.p0", vector, [place, alignment, mask, vector])
+    return fused, load, external(module, f"llvm.masked.store.{suffix}.p0", ir.VoidType(), [vector, place, alignment, mask])
+
+
+def first_lanes(builder, num, lanes: int):
+    """The mask of the first num (an int64) lanes."""
+    from llvmlite import ir
+
+    places = ir.VectorType(ir.IntType(64), lanes)
+    return builder.icmp_signed("<", ir.Constant(places, list(range(lanes))), repeated(builder, num, places))
 
 
 def _build_sum(context, builder, signature, values):

@@ -24,7 +24,7 @@ import board
 import checkpoint as checkpoints
 from compatibility import changed_since, check_compatible, computed_on
 from config import Config
-from dataset import Batch, BatchBuilder, Split, Splits, TrainingOrder, Prefetcher, training_item_counts, training_samples
+from dataset import Batch, BatchBuilder, Prefetcher, Split, Splits, TrainingOrder, training_item_counts, training_samples
 from diagnosis import Generators, Suspect, Update, bad_weights, find_cause
 from embedding import Touched
 from errors import ForeignFormatError, RunError, Terminated, UserError
